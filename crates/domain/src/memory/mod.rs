@@ -1,0 +1,5 @@
+//! In-process doubles: the same promises as the real backends, on a clock that moves only when told.
+
+mod clock;
+
+pub use clock::MemoryClock;

@@ -1,0 +1,132 @@
+//! [`ConnectOptions`]: how this process reaches Postgres, and what every connection has in common.
+
+use std::fmt;
+use std::time::Duration;
+
+use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::{Client, Config, Connection, Socket};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use crate::tls::{self, TlsMode};
+
+/// How long a TCP connection may take to be made.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long sent data may stay unacknowledged. Keepalives alone do not notice a peer that vanished while data
+/// was under way.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(8);
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
+const KEEPALIVE_RETRIES: u32 = 3;
+
+/// What every session runs first. A server looks for a vanished client only while it reads or writes, unless it
+/// is told to look while it waits for a lock as well; and the gates and fences are right at READ COMMITTED only.
+/// <https://www.postgresql.org/docs/current/runtime-config-connection.html#GUC-CLIENT-CONNECTION-CHECK-INTERVAL>
+const SESSION_SETUP: &str =
+    "SET client_connection_check_interval = '250ms'; SET default_transaction_isolation = 'read committed'";
+
+/// Where the database is and how to connect to it.
+#[derive(Clone)]
+pub struct ConnectOptions {
+    config: Config,
+    connector: MakeRustlsConnect,
+}
+
+pub(crate) type Driver = Connection<Socket, <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>::Stream>;
+
+/// The connection string or the TLS set-up cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectOptionsError {
+    /// The text is not a connection string.
+    #[error("not a Postgres connection string")]
+    Url(#[source] tokio_postgres::Error),
+    /// The TLS set-up cannot be used.
+    #[error(transparent)]
+    Tls(#[from] tls::TlsError),
+}
+
+impl ConnectOptions {
+    /// Reads a connection string (a `postgres://` URL or `key=value` pairs).
+    ///
+    /// `tls` of `None` means the default: none over a Unix socket and to loopback addresses, else encrypted with
+    /// the certificate and the host name verified. A timeout or keepalive in the string wins over the defaults
+    /// of this crate; note that tokio-postgres reads `tcp_user_timeout` in seconds.
+    ///
+    /// # Errors
+    /// [`ConnectOptionsError`] when the string is malformed or no root certificate can be loaded.
+    pub fn parse(url: &str, tls: Option<TlsMode>) -> Result<Self, ConnectOptionsError> {
+        let (url, from_url) = tls::split_ssl_mode(url)?;
+        let mut config: Config = url.parse().map_err(ConnectOptionsError::Url)?;
+        if config.get_connect_timeout().is_none() {
+            config.connect_timeout(CONNECT_TIMEOUT);
+        }
+        if config.get_tcp_user_timeout().is_none() {
+            config.tcp_user_timeout(TCP_USER_TIMEOUT);
+        }
+        // The library's own default, two hours, is as good as none.
+        if config.get_keepalives_idle() >= Duration::from_secs(2 * 60 * 60) {
+            config.keepalives_idle(KEEPALIVE_IDLE);
+        }
+        if config.get_keepalives_interval().is_none() {
+            config.keepalives_interval(KEEPALIVE_INTERVAL);
+        }
+        if config.get_keepalives_retries().is_none() {
+            config.keepalives_retries(KEEPALIVE_RETRIES);
+        }
+        if config.get_application_name().is_none() {
+            config.application_name("leasehold");
+        }
+        let mode = tls.or(from_url).unwrap_or_else(|| default_tls(&config));
+        config.ssl_mode(match mode {
+            TlsMode::Disable => SslMode::Disable,
+            TlsMode::Require | TlsMode::VerifyFull => SslMode::Require,
+        });
+        Ok(Self { connector: tls::connector(mode)?, config })
+    }
+
+    /// The same options under another `application_name`, at most 63 bytes.
+    #[must_use]
+    pub fn with_application_name(mut self, name: &str) -> Self {
+        self.config.application_name(name);
+        self
+    }
+
+    /// The name that sessions show in `pg_stat_activity`.
+    pub fn application_name(&self) -> &str {
+        self.config.get_application_name().unwrap_or("leasehold")
+    }
+
+    /// Opens a connection and prepares its session. The driver must be polled for the client to work, which this
+    /// does while it prepares.
+    pub(crate) async fn open(&self) -> Result<(Client, Driver), tokio_postgres::Error> {
+        let (client, mut driver) = self.config.connect(self.connector.clone()).await?;
+        {
+            let mut setup = std::pin::pin!(client.batch_execute(SESSION_SETUP));
+            tokio::select! {
+                done = &mut setup => done?,
+                ended = &mut driver => {
+                    ended?;
+                    // The server hung up; the statement knows why.
+                    setup.await?;
+                }
+            }
+        }
+        Ok((client, driver))
+    }
+}
+
+fn default_tls(config: &Config) -> TlsMode {
+    let local = |host: &Host| match host {
+        Host::Unix(_) => true,
+        Host::Tcp(name) => {
+            name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+        }
+    };
+    if config.get_hosts().iter().all(local) { TlsMode::Disable } else { TlsMode::VerifyFull }
+}
+
+/// Hosts, user and password stay out: this may end in a log.
+impl fmt::Debug for ConnectOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConnectOptions").field("application_name", &self.application_name()).finish_non_exhaustive()
+    }
+}

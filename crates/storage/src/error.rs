@@ -1,0 +1,96 @@
+//! The failures of the database as this crate sees them, and the one place where they become the domain's.
+
+use leasehold_domain::{AcquireError, ExtendError, LockId, ReleaseError, ResumeError, Unavailable};
+
+/// Why a statement did not do its work.
+///
+/// Contention is never one of these: statements tell it by the rows they return. Message texts are never
+/// matched, because servers translate them.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StorageError {
+    /// The pool had no connection to give in time.
+    #[error("no database connection became free in time")]
+    NoConnection,
+    /// A connection could not be made.
+    #[error("cannot connect to the database")]
+    Connect(#[from] diesel::ConnectionError),
+    /// The server refused the statement: it had no effect.
+    #[error("the database refused a statement")]
+    Refused(#[source] diesel::result::Error),
+    /// The connection ended before the answer came: the statement may have had its effect.
+    #[error("the connection to the database ended before it answered")]
+    Disconnected(#[source] diesel::result::Error),
+    /// The same, or a refusal, on a connection that tokio-postgres drives.
+    #[error("the database connection failed")]
+    Driver(#[from] tokio_postgres::Error),
+    /// The server answered something that this version does not understand.
+    #[error("unexpected answer: {0}")]
+    Unexpected(String),
+}
+
+impl From<diesel::result::Error> for StorageError {
+    fn from(error: diesel::result::Error) -> Self {
+        use diesel::result::{DatabaseErrorKind, Error};
+        match error {
+            Error::DatabaseError(DatabaseErrorKind::UnableToSendCommand | DatabaseErrorKind::ClosedConnection, _)
+            | Error::BrokenTransactionManager => Self::Disconnected(error),
+            other => Self::Refused(other),
+        }
+    }
+}
+
+impl StorageError {
+    /// Whether the statement may have had its effect although no answer came.
+    pub(crate) fn is_outcome_unknown(&self) -> bool {
+        match self {
+            Self::Disconnected(_) => true,
+            Self::Driver(error) => error.as_db_error().is_none(),
+            Self::NoConnection | Self::Connect(_) | Self::Refused(_) | Self::Unexpected(_) => false,
+        }
+    }
+
+    pub(crate) fn into_acquire(self, lock_id: LockId) -> AcquireError {
+        if self.is_outcome_unknown() {
+            metrics::counter!("leasehold_outcome_unknown_total").increment(1);
+            AcquireError::OutcomeUnknown { lock_id, source: self.into() }
+        } else {
+            AcquireError::Unavailable(self.into())
+        }
+    }
+}
+
+impl From<StorageError> for Unavailable {
+    fn from(error: StorageError) -> Self {
+        Self::because(error.to_string(), error)
+    }
+}
+
+impl From<StorageError> for ExtendError {
+    fn from(error: StorageError) -> Self {
+        Self::Unavailable(error.into())
+    }
+}
+
+impl From<StorageError> for ReleaseError {
+    fn from(error: StorageError) -> Self {
+        Self::Unavailable(error.into())
+    }
+}
+
+impl From<StorageError> for ResumeError {
+    fn from(error: StorageError) -> Self {
+        Self::Unavailable(error.into())
+    }
+}
+
+/// An error with all its sources, for one log line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

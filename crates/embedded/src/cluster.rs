@@ -115,7 +115,8 @@ impl ClusterBuilder {
         }
     }
 
-    /// Overrides the kind's own choice, such as a temporary server that counts its disk syncs.
+    /// Overrides the kind's own choice, such as a temporary server that counts its disk syncs. A durable one
+    /// is kept on a disk, not in memory.
     pub fn durability(mut self, durability: Durability) -> Self {
         self.durability = durability;
         self
@@ -147,7 +148,7 @@ impl ClusterBuilder {
             None => self.choose_binaries()?,
         };
         let Some(folder) = &self.folder else {
-            let home = temporary::claim(account, &binaries)?;
+            let home = temporary::claim(account, &binaries, self.durability)?;
             return self.run(home, binaries);
         };
         let home = Home::persistent(folder, binaries.major(), account)?;

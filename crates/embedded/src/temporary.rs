@@ -8,18 +8,20 @@ use std::{fs, io};
 use crate::account::Account;
 use crate::home::Home;
 use crate::postmaster;
-use crate::{Binaries, Error};
+use crate::{Binaries, Durability, Error};
 
-/// Memory first; short names, since a socket path is limited. Both exist for every user.
+/// Short names that exist for every user, since a socket path is limited.
 const MEMORY: &str = "/dev/shm";
-const DISK: &str = "/tmp";
+const ANYWHERE: &str = "/tmp";
+/// Unlike `/tmp` not a memory disk on any system we know: a sync that costs nothing is none.
+const DISK: &str = "/var/tmp";
 const PREFIX: &str = "leasehold-pg-";
 
 /// Creating a database on a memory disk takes 15 ms; a container's own often has 64 MB, which is too small.
 const ENOUGH_KIB: u64 = 1024 * 1024;
 
 /// A new folder whose lock we hold.
-pub(crate) fn claim(account: Account, binaries: &Binaries) -> Result<Home, Error> {
+pub(crate) fn claim(account: Account, binaries: &Binaries, durability: Durability) -> Result<Home, Error> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     sweep(account, binaries);
     let parent = if free_kib(Path::new(MEMORY)) >= Some(ENOUGH_KIB) {

@@ -3,6 +3,10 @@
     clippy::unwrap_used,
     reason = "clippy.toml allows it in #[test] functions only, not in what they share"
 )]
+#![allow(
+    clippy::print_stdout,
+    reason = "how the process that owns a server tells the test about it"
+)]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};

@@ -24,10 +24,10 @@ const ENOUGH_KIB: u64 = 1024 * 1024;
 pub(crate) fn claim(account: Account, binaries: &Binaries, durability: Durability) -> Result<Home, Error> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     sweep(account, binaries);
-    let parent = if free_kib(Path::new(MEMORY)) >= Some(ENOUGH_KIB) {
-        MEMORY
-    } else {
-        DISK
+    let parent = match durability {
+        Durability::Durable => DISK,
+        Durability::Fast if free_kib(Path::new(MEMORY)) >= Some(ENOUGH_KIB) => MEMORY,
+        Durability::Fast => ANYWHERE,
     };
     loop {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -49,7 +49,7 @@ pub(crate) fn claim(account: Account, binaries: &Binaries, durability: Durabilit
 /// Removes the folders of processes that died together with their watchdog. Best effort: what cannot be
 /// removed now is tried again by the next start.
 fn sweep(account: Account, binaries: &Binaries) {
-    let entries = [MEMORY, DISK]
+    let entries = [MEMORY, ANYWHERE, DISK]
         .into_iter()
         .filter_map(|parent| fs::read_dir(parent).ok())
         .flatten()

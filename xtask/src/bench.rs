@@ -1,0 +1,35 @@
+//! `cargo xtask bench`: the benchmarks on a private Postgres that syncs to a disk, as a real one does.
+
+use std::ffi::OsString;
+use std::process::Command;
+
+use leasehold_embedded::{Binaries, Cluster, Durability};
+
+use crate::build;
+use crate::steps::{self, Result};
+
+/// The `bench` command: everything after it goes to the benchmark program.
+pub(crate) fn run(arguments: &[OsString]) -> Result {
+    let [server, bench] = build::programs(
+        steps::cargo("build").args([
+            "--release",
+            "--package",
+            "leasehold-server",
+            "--package",
+            "leasehold-bench",
+        ]),
+        ["leasehold", "leasehold-bench"],
+    )?;
+    let binaries = Binaries::find()?;
+    let cluster = Cluster::temporary()
+        .binaries(binaries.clone())
+        .durability(Durability::Durable)
+        .start()?;
+    steps::run(
+        Command::new(bench)
+            .args(arguments)
+            .env("LEASEHOLD_BENCH_DATABASE_URL", cluster.url("postgres"))
+            .env("LEASEHOLD_BIN", server)
+            .env("PG_BIN", binaries.folder()),
+    )
+}

@@ -1,0 +1,76 @@
+//! `cargo xtask test`: every test, on one private Postgres for the whole run.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::Command;
+
+use leasehold_embedded::{Binaries, Cluster};
+
+use crate::build;
+use crate::postgres;
+use crate::steps::{self, Result, step};
+
+/// The `test` command. `versions`: major versions such as `16,17`, else the Postgres of this machine.
+pub(crate) fn run(versions: Option<&str>, selection: &[OsString]) -> Result {
+    let server = step("build", build::server_among_tests)?;
+    let Some(versions) = versions else {
+        return on(&Binaries::find()?, &server, selection);
+    };
+    let versions = versions
+        .split(',')
+        .map(|version| Ok(version.trim().parse()?))
+        .collect::<Result<Vec<u32>>>()?;
+    let installed = step("get Postgres", || postgres::install(&versions))?;
+    for binaries in &installed {
+        on(binaries, &server, selection)?;
+    }
+    Ok(())
+}
+
+/// All tests and doctests, or those that `selection` selects, on this Postgres.
+pub(crate) fn on(binaries: &Binaries, server: &Path, selection: &[OsString]) -> Result {
+    let cluster = Cluster::temporary()
+        .binaries(binaries.clone())
+        .set("max_connections", "400")
+        // With a database per test the launcher would start a worker every fraction of a second, and a
+        // worker in a template database holds up the next CREATE DATABASE.
+        .set("autovacuum", "off")
+        // The data may lie in memory, where a gigabyte of WAL is too much.
+        .set("max_wal_size", "256MB")
+        .start()?;
+    let with_database = |command: &mut Command| {
+        command
+            .env("LEASEHOLD_TEST_DATABASE_URL", cluster.url("postgres"))
+            .env("LEASEHOLD_BIN", server)
+            .env("PG_BIN", binaries.folder()) // for tests that start a server of their own
+            .env_remove("DATABASE_URL"); // nobody's real database, whatever the shell has set
+        steps::run(command)
+    };
+    let major = binaries.major();
+    step(&format!("tests on Postgres {major}"), || {
+        let mut tests = if steps::answers(steps::cargo("nextest").arg("--version")) {
+            let mut nextest = steps::cargo("nextest");
+            nextest.arg("run");
+            nextest
+        } else {
+            steps::cargo("test")
+        };
+        let narrowed = selection
+            .iter()
+            .any(|a| a == "--package" || a.as_encoded_bytes().starts_with(b"-p"));
+        if !narrowed {
+            tests.arg("--workspace");
+        }
+        let bare = tests.get_args().next().is_some_and(|first| first == "test");
+        if bare && selection.is_empty() {
+            tests.args(["--lib", "--bins", "--tests"]); // nextest runs no doctests either
+        }
+        with_database(tests.args(selection))
+    })?;
+    if selection.is_empty() {
+        step(&format!("doctests on Postgres {major}"), || {
+            with_database(steps::cargo("test").args(["--workspace", "--doc"]))
+        })?;
+    }
+    Ok(())
+}

@@ -48,21 +48,13 @@ pub(crate) fn on(binaries: &Binaries, server: &Path, selection: &[OsString]) -> 
     };
     let major = binaries.major();
     step(&format!("tests on Postgres {major}"), || {
-        let mut tests = if steps::answers(steps::cargo("nextest").arg("--version")) {
-            let mut nextest = steps::cargo("nextest");
-            nextest.arg("run");
-            nextest
-        } else {
-            steps::cargo("test")
-        };
-        let narrowed = selection
-            .iter()
-            .any(|a| a == "--package" || a.as_encoded_bytes().starts_with(b"-p"));
-        if !narrowed {
+        let nextest = steps::answers(steps::cargo("nextest").arg("--version"));
+        let mut tests = steps::cargo(if nextest { "nextest" } else { "test" });
+        tests.args(if nextest { ["run"] } else { ["--no-fail-fast"] });
+        if !selection.iter().any(names_a_package) {
             tests.arg("--workspace");
         }
-        let bare = tests.get_args().next().is_some_and(|first| first == "test");
-        if bare && selection.is_empty() {
+        if !nextest && selection.is_empty() {
             tests.args(["--lib", "--bins", "--tests"]); // nextest runs no doctests either
         }
         with_database(tests.args(selection))
@@ -73,4 +65,10 @@ pub(crate) fn on(binaries: &Binaries, server: &Path, selection: &[OsString]) -> 
         })?;
     }
     Ok(())
+}
+
+/// Cargo lets `--workspace` win over a package that is named beside it.
+fn names_a_package(argument: &OsString) -> bool {
+    let argument = argument.as_encoded_bytes();
+    argument.starts_with(b"-p") || argument.starts_with(b"--package")
 }

@@ -1,0 +1,1 @@
+DROP TABLE credentials, versions, contexts, default_config, workspaces, tenants;

@@ -261,6 +261,11 @@ impl HoldControl {
         self.hold.is_lost(&self.hold.state.borrow())
     }
 
+    /// How long this process has had the lock.
+    pub fn held_for(&self) -> Duration {
+        self.hold.parts.clock.now().since(self.hold.granted)
+    }
+
     /// Notes a renewal that the backend has confirmed. Neither time moves back.
     ///
     /// Answers `false`, and declares the hold lost, when it was already lost: whoever was told of a loss is

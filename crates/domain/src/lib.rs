@@ -23,7 +23,7 @@ pub use lock::{
     DEFAULT_SESSION_TTL, DEFAULT_SESSION_WAIT, DistributedLock, DistributedLockExt, LockGuards, Released,
     with_session_lock,
 };
-pub use memory::MemoryClock;
+pub use memory::{MemoryClock, MemoryLock};
 #[cfg(feature = "mock")]
 pub use mock::MockDistributedLock;
 pub use monotonic::{Monotonic, MonotonicClock};

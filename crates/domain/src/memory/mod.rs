@@ -1,5 +1,7 @@
 //! In-process doubles: the same promises as the real backends, on a clock that moves only when told.
 
 mod clock;
+mod lock;
 
 pub use clock::MemoryClock;
+pub use lock::MemoryLock;

@@ -1,0 +1,3 @@
+//! The crate from outside, in one binary.
+
+mod memory_lock;

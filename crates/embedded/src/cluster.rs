@@ -36,7 +36,6 @@ pub struct Cluster {
     home: Home,
     socket: PathBuf,
     binaries: Binaries,
-    durability: Durability,
     /// `None`: we attached to the server of another process.
     owned: Option<Owned>,
     temporary: bool,
@@ -158,12 +157,10 @@ impl ClusterBuilder {
                 return self.run(home, binaries);
             }
             if let Some(socket) = home.announced()? {
-                let durability = self.durability;
                 return Ok(Cluster {
                     home,
                     socket,
                     binaries,
-                    durability,
                     owned: None,
                     temporary: false,
                 });
@@ -204,12 +201,13 @@ impl ClusterBuilder {
         home.announce(None)?;
         let crashed = postmaster::crashed(&home);
         postmaster::stop_orphan(&home, &binaries);
-        postmaster::initialise(&home, &binaries, self.durability)?;
+        let sync = !temporary && self.durability == Durability::Durable;
+        postmaster::initialise(&home, &binaries, sync)?;
         let socket = home.socket_folder()?;
         let settings = self.all_settings();
         let started = Instant::now();
         let owned = loop {
-            match launch(&home, &binaries, &socket, &settings, self.durability, temporary) {
+            match launch(&home, &binaries, &socket, &settings, temporary) {
                 Ok(owned) => break owned,
                 // The backends of a server that was killed see it within moments; until then their shared
                 // memory keeps a new server out.
@@ -223,7 +221,6 @@ impl ClusterBuilder {
             home,
             socket,
             binaries,
-            durability: self.durability,
             owned: Some(owned),
             temporary,
         };
@@ -257,7 +254,6 @@ fn launch(
     binaries: &Binaries,
     socket: &Path,
     settings: &[(String, String)],
-    durability: Durability,
     temporary: bool,
 ) -> Result<Owned, Error> {
     let mut server = postmaster::spawn(home, binaries, socket, settings)?;
@@ -270,14 +266,14 @@ fn launch(
     let watchdog = match Watchdog::start(server.id(), signal, remove) {
         Ok(watchdog) => watchdog,
         Err(error) => {
-            postmaster::stop(home, binaries, server, durability);
+            postmaster::stop(home, binaries, server, !temporary);
             return Err(error);
         }
     };
     match postmaster::wait_ready(home, &mut server) {
         Ok(()) => Ok(Owned { server, watchdog }),
         Err(error) => {
-            postmaster::stop(home, binaries, server, durability);
+            postmaster::stop(home, binaries, server, !temporary);
             watchdog.dismiss();
             Err(error)
         }
@@ -291,13 +287,7 @@ impl Drop for Cluster {
         };
         // Nobody should attach to a server that is about to end. Failing that, they find out themselves.
         drop(self.home.announce(None));
-        // What a temporary server has not written out is removed anyway.
-        let how = if self.temporary {
-            Durability::Fast
-        } else {
-            self.durability
-        };
-        postmaster::stop(&self.home, &self.binaries, server, how);
+        postmaster::stop(&self.home, &self.binaries, server, !self.temporary);
         watchdog.dismiss();
         self.home.remove_socket_folder(&self.socket);
         if self.temporary {

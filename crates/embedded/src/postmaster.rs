@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::home::{Home, LOG, PORT};
-use crate::{Binaries, Durability, Error};
+use crate::{Binaries, Error};
 
 /// How long a start may take: crash recovery of a large folder on a busy disk is slow.
 pub(crate) const START: Duration = Duration::from_secs(120);
@@ -20,7 +20,7 @@ const POLL: Duration = Duration::from_millis(2);
 
 /// Makes the data folder where there is none. Cut off at any point, it starts over next time: the folder
 /// gets its name only when it is complete.
-pub(crate) fn initialise(home: &Home, binaries: &Binaries, durability: Durability) -> Result<(), Error> {
+pub(crate) fn initialise(home: &Home, binaries: &Binaries, sync: bool) -> Result<(), Error> {
     let data = home.data();
     if data.is_dir() {
         return Ok(());
@@ -45,7 +45,7 @@ pub(crate) fn initialise(home: &Home, binaries: &Binaries, durability: Durabilit
         "--no-locale",
         "--no-instructions",
     ]);
-    if durability == Durability::Fast {
+    if !sync {
         initdb.arg("--no-sync");
     }
     let output = initdb
@@ -117,12 +117,13 @@ pub(crate) fn wait_ready(home: &Home, server: &mut Child) -> Result<(), Error> {
     }
 }
 
-/// Ends our own server, and returns when it has ended.
-pub(crate) fn stop(home: &Home, binaries: &Binaries, mut server: Child, durability: Durability) {
+/// Ends our own server, and returns when it has ended. Data that nobody keeps is not written out first.
+pub(crate) fn stop(home: &Home, binaries: &Binaries, mut server: Child, keep_data: bool) {
     // A stopped backend can hold up the first; the second kills it after 5 s.
-    let modes: &[&str] = match durability {
-        Durability::Durable => &["fast", "immediate"],
-        Durability::Fast => &["immediate"],
+    let modes: &[&str] = if keep_data {
+        &["fast", "immediate"]
+    } else {
+        &["immediate"]
     };
     for mode in modes {
         if pg_ctl(home, binaries, &["stop", "--mode", mode, "--no-wait"]) && ended(&mut server) {

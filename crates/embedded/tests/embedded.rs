@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
-use leasehold_embedded::{Binaries, Cluster, Durability, Error};
+use leasehold_embedded::{Binaries, Cluster, ClusterBuilder, Durability, Error};
 
 // ---- a folder of our own, that the account of the server can reach
 
@@ -128,6 +128,11 @@ fn query(url: &str, sql: &str) -> Result<Vec<String>, String> {
     }
 }
 
+/// Data that stays, without the wait for the disk: none of these tests cuts the power.
+fn persistent(folder: impl Into<PathBuf>) -> ClusterBuilder {
+    Cluster::persistent(folder).durability(Durability::Fast)
+}
+
 fn show(cluster: &Cluster, setting: &str) -> String {
     query(&cluster.url("postgres"), &format!("SHOW {setting}"))
         .unwrap()
@@ -145,7 +150,7 @@ fn owner_process() {
     let builder = if folder.is_empty() {
         Cluster::temporary()
     } else {
-        Cluster::persistent(PathBuf::from(folder))
+        persistent(PathBuf::from(folder))
     };
     match builder.start() {
         Ok(cluster) => {
@@ -329,7 +334,7 @@ fn a_killed_owner_of_a_persistent_server_leaves_its_data_to_the_next() {
     query(&owner.url, "CREATE TABLE kept AS SELECT 'here' AS word").unwrap();
     owner.kill();
     // At once: the watchdog may be at work still.
-    let cluster = Cluster::persistent(&folder.0).start().unwrap();
+    let cluster = persistent(&folder.0).start().unwrap();
     assert!(!cluster.is_attached());
     assert_eq!(
         query(&cluster.url("postgres"), "SELECT word FROM kept").unwrap(),
@@ -346,7 +351,7 @@ fn an_orphan_whose_watchdog_died_too_is_stopped_by_the_next_start() {
     assert!(signal("KILL", owner.watchdog()));
     owner.kill();
     assert!(runs(owner.server), "there is an orphan to deal with");
-    let cluster = Cluster::persistent(&folder.0).start().unwrap();
+    let cluster = persistent(&folder.0).start().unwrap();
     assert!(!runs(owner.server));
     assert_eq!(
         query(&cluster.url("postgres"), "SELECT word FROM kept").unwrap(),
@@ -370,7 +375,7 @@ fn a_temporary_orphan_is_swept_by_the_next_temporary_start() {
 #[test]
 fn a_killed_server_comes_up_again_with_its_data() {
     let folder = Folder::new();
-    let cluster = Cluster::persistent(&folder.0).start().unwrap();
+    let cluster = persistent(&folder.0).start().unwrap();
     query(
         &cluster.url("postgres"),
         "CREATE TABLE kept AS SELECT 'here' AS word",
@@ -386,7 +391,7 @@ fn a_killed_server_comes_up_again_with_its_data() {
             .flatten()
             .any(|home| home.path().join("data/postmaster.pid").exists())
     );
-    let cluster = Cluster::persistent(&folder.0).start().unwrap();
+    let cluster = persistent(&folder.0).start().unwrap();
     assert_eq!(
         query(&cluster.url("postgres"), "SELECT word FROM kept").unwrap(),
         ["here"]
@@ -396,7 +401,7 @@ fn a_killed_server_comes_up_again_with_its_data() {
 #[test]
 fn a_process_id_that_was_given_to_somebody_else_is_neither_believed_nor_harmed() {
     let folder = Folder::new();
-    let cluster = Cluster::persistent(&folder.0).start().unwrap();
+    let cluster = persistent(&folder.0).start().unwrap();
     let pid_file = cluster.home().join("data/postmaster.pid");
     let stale = fs::read_to_string(&pid_file).unwrap();
     let owner = fs::metadata(cluster.home()).unwrap();
@@ -415,7 +420,7 @@ fn a_process_id_that_was_given_to_somebody_else_is_neither_believed_nor_harmed()
         chown(&pid_file, Some(owner.uid()), Some(owner.gid())).unwrap();
     }
 
-    let started = Cluster::persistent(&folder.0).start();
+    let started = persistent(&folder.0).start();
     let unharmed = bystander.try_wait().unwrap().is_none();
     bystander.kill().unwrap();
     bystander.wait().unwrap();
@@ -429,12 +434,12 @@ fn a_process_id_that_was_given_to_somebody_else_is_neither_believed_nor_harmed()
 #[test]
 fn an_interrupted_first_start_is_done_over() {
     let folder = Folder::new();
-    let cluster = Cluster::persistent(&folder.0).start().unwrap();
+    let cluster = persistent(&folder.0).start().unwrap();
     let home = cluster.home().to_path_buf();
     drop(cluster);
     fs::rename(home.join("data"), home.join("data.new-1")).unwrap();
     fs::remove_dir_all(home.join("data.new-1/global")).unwrap();
-    let cluster = Cluster::persistent(&folder.0).start().unwrap();
+    let cluster = persistent(&folder.0).start().unwrap();
     assert_eq!(query(&cluster.url("postgres"), "SELECT 1").unwrap(), ["1"]);
     assert!(!home.join("data.new-1").exists());
 }
@@ -443,7 +448,7 @@ fn an_interrupted_first_start_is_done_over() {
 fn a_second_process_attaches_and_does_not_stop_the_server() {
     let folder = Folder::new();
     let mut owner = Owner::start(&folder.0);
-    let cluster = Cluster::persistent(&folder.0).start().unwrap();
+    let cluster = persistent(&folder.0).start().unwrap();
     assert!(cluster.is_attached());
     assert_eq!(cluster.server_pid(), None);
     assert_eq!(cluster.url("postgres"), owner.url);
@@ -459,7 +464,7 @@ fn of_several_first_starts_at_once_one_owns_the_server() {
     let folder = Folder::new();
     let clusters: Vec<Cluster> = thread::scope(|scope| {
         let starts: Vec<_> = (0..4)
-            .map(|_| scope.spawn(|| Cluster::persistent(&folder.0).start()))
+            .map(|_| scope.spawn(|| persistent(&folder.0).start()))
             .collect();
         starts
             .into_iter()
@@ -486,7 +491,7 @@ fn a_folder_in_use_for_something_else_is_left_untouched() {
     fs::set_permissions(&home, fs::Permissions::from_mode(0o755)).unwrap();
     let before = fs::metadata(&home).unwrap();
 
-    let error = Cluster::persistent(&folder.0).start().unwrap_err();
+    let error = persistent(&folder.0).start().unwrap_err();
     assert!(
         matches!(&error, Error::ForeignFolder(found) if *found == home),
         "{error}"
@@ -503,7 +508,7 @@ fn a_link_is_not_followed() {
         .0
         .join(format!("postgres-{}", Binaries::find().unwrap().major()));
     std::os::unix::fs::symlink(&target.0, &home).unwrap();
-    let error = Cluster::persistent(&folder.0).start().unwrap_err();
+    let error = persistent(&folder.0).start().unwrap_err();
     assert!(matches!(error, Error::ForeignFolder(_)), "{error}");
     assert_eq!(fs::read_dir(&target.0).unwrap().count(), 0);
 }
@@ -566,12 +571,12 @@ fn data_of_a_version_that_is_not_installed_is_not_passed_over_in_silence() {
 fn a_path_too_long_for_a_socket_gets_a_short_one_beside_it() {
     let folder = Folder::new();
     let long = folder.0.join("n".repeat(120)).join("deep and odd %&");
-    let cluster = Cluster::persistent(&long).start().unwrap();
+    let cluster = persistent(&long).start().unwrap();
     assert!(cluster.home().starts_with(&long));
     let url = cluster.url("postgres");
     assert_eq!(query(&url, "SELECT 1").unwrap(), ["1"]);
     // Who attaches must be told the other place too.
-    let second = Cluster::persistent(&long).start().unwrap();
+    let second = persistent(&long).start().unwrap();
     assert!(second.is_attached());
     assert_eq!(second.url("postgres"), url);
     drop((second, cluster));
@@ -583,7 +588,7 @@ fn a_path_too_long_for_a_socket_gets_a_short_one_beside_it() {
 fn a_url_survives_odd_characters_in_the_path() {
     let folder = Folder::new();
     let odd = folder.0.join("a b&c=%?#ä");
-    let cluster = Cluster::persistent(&odd).start().unwrap();
+    let cluster = persistent(&odd).start().unwrap();
     assert_eq!(query(&cluster.url("postgres"), "SELECT 1").unwrap(), ["1"]);
 }
 
@@ -594,7 +599,7 @@ fn root_keeps_the_data_elsewhere_when_the_server_cannot_reach_the_folder() {
         return; // a normal user runs the server as itself, and reaches what it can create
     }
     fs::set_permissions(&folder.0, fs::Permissions::from_mode(0o700)).unwrap();
-    let cluster = Cluster::persistent(folder.0.join("project")).start().unwrap();
+    let cluster = persistent(folder.0.join("project")).start().unwrap();
     let home = cluster.home().to_path_buf();
     assert!(home.starts_with("/var/lib/leasehold"), "{}", home.display());
     query(
@@ -603,7 +608,7 @@ fn root_keeps_the_data_elsewhere_when_the_server_cannot_reach_the_folder() {
     )
     .unwrap();
     drop(cluster);
-    let cluster = Cluster::persistent(folder.0.join("project")).start().unwrap();
+    let cluster = persistent(folder.0.join("project")).start().unwrap();
     assert_eq!(cluster.home(), home, "the same place each time");
     assert_eq!(
         query(&cluster.url("postgres"), "SELECT word FROM kept").unwrap(),
@@ -620,7 +625,7 @@ fn root_serves_a_folder_as_the_user_that_owns_it() {
     if !we_are_root(&folder) {
         return; // only root can become another user
     }
-    let cluster = Cluster::persistent(&folder.0).start().unwrap();
+    let cluster = persistent(&folder.0).start().unwrap();
     let home = cluster.home().to_path_buf();
     drop(cluster);
     let status = Command::new("chown")
@@ -629,7 +634,7 @@ fn root_serves_a_folder_as_the_user_that_owns_it() {
         .status()
         .unwrap();
     assert!(status.success());
-    let cluster = Cluster::persistent(&folder.0).start().unwrap();
+    let cluster = persistent(&folder.0).start().unwrap();
     assert_eq!(query(&cluster.url("postgres"), "SELECT 1").unwrap(), ["1"]);
     let socket = fs::metadata(cluster.home().join(".s.PGSQL.5432")).unwrap();
     assert_eq!(

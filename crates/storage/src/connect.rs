@@ -18,11 +18,12 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
 const KEEPALIVE_RETRIES: u32 = 3;
 
-/// What every session runs first. A server looks for a vanished client only while it reads or writes, unless it
-/// is told to look while it waits for a lock as well; and the gates and fences are right at READ COMMITTED only.
+/// A server looks for a vanished client only while it reads or writes, unless it is told to look while it waits
+/// for a lock as well. Some platforms cannot: the start says so (see `startup`), and sessions do without.
 /// <https://www.postgresql.org/docs/current/runtime-config-connection.html#GUC-CLIENT-CONNECTION-CHECK-INTERVAL>
-const SESSION_SETUP: &str =
-    "SET client_connection_check_interval = '250ms'; SET default_transaction_isolation = 'read committed'";
+const CHECK_CLIENT: &str = "SET client_connection_check_interval = '250ms'";
+/// The gates and fences are right at READ COMMITTED only.
+const ISOLATION: &str = "SET default_transaction_isolation = 'read committed'";
 
 /// Where the database is and how to connect to it.
 #[derive(Clone)]
@@ -31,7 +32,8 @@ pub struct ConnectOptions {
     connector: MakeRustlsConnect,
 }
 
-pub(crate) type Driver = Connection<Socket, <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>::Stream>;
+pub(crate) type Driver =
+    Connection<Socket, <MakeRustlsConnect as tokio_postgres::tls::MakeTlsConnect<Socket>>::Stream>;
 
 /// The connection string or the TLS set-up cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -54,7 +56,7 @@ impl ConnectOptions {
     /// # Errors
     /// [`ConnectOptionsError`] when the string is malformed or no root certificate can be loaded.
     pub fn parse(url: &str, tls: Option<TlsMode>) -> Result<Self, ConnectOptionsError> {
-        let (url, from_url) = tls::split_ssl_mode(url)?;
+        let (url, settings) = tls::split_tls_settings(url)?;
         let mut config: Config = url.parse().map_err(ConnectOptionsError::Url)?;
         if config.get_connect_timeout().is_none() {
             config.connect_timeout(CONNECT_TIMEOUT);
@@ -75,12 +77,19 @@ impl ConnectOptions {
         if config.get_application_name().is_none() {
             config.application_name("leasehold");
         }
-        let mode = tls.or(from_url).unwrap_or_else(|| default_tls(&config));
+        let roots = settings.roots.as_ref();
+        let mode = tls.or(settings.mode).unwrap_or_else(|| match roots {
+            Some(_) => TlsMode::VerifyFull,
+            None => default_tls(&config),
+        });
         config.ssl_mode(match mode {
             TlsMode::Disable => SslMode::Disable,
             TlsMode::Require | TlsMode::VerifyFull => SslMode::Require,
         });
-        Ok(Self { connector: tls::connector(mode)?, config })
+        Ok(Self {
+            connector: tls::connector(mode, roots)?,
+            config,
+        })
     }
 
     /// The same options under another `application_name`, at most 63 bytes.
@@ -100,7 +109,7 @@ impl ConnectOptions {
     pub(crate) async fn open(&self) -> Result<(Client, Driver), tokio_postgres::Error> {
         let (client, mut driver) = self.config.connect(self.connector.clone()).await?;
         {
-            let mut setup = std::pin::pin!(client.batch_execute(SESSION_SETUP));
+            let mut setup = std::pin::pin!(set_up(&client));
             tokio::select! {
                 done = &mut setup => done?,
                 ended = &mut driver => {
@@ -114,19 +123,41 @@ impl ConnectOptions {
     }
 }
 
+/// Both statements travel together.
+async fn set_up(client: &Client) -> Result<(), tokio_postgres::Error> {
+    let (check, isolation) = tokio::join!(
+        client.batch_execute(CHECK_CLIENT),
+        client.batch_execute(ISOLATION)
+    );
+    match check {
+        Err(error) if error.as_db_error().is_none() => Err(error),
+        _ => isolation,
+    }
+}
+
 fn default_tls(config: &Config) -> TlsMode {
     let local = |host: &Host| match host {
         Host::Unix(_) => true,
         Host::Tcp(name) => {
-            name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+            name == "localhost"
+                || name
+                    .parse::<std::net::IpAddr>()
+                    .is_ok_and(|address| address.is_loopback())
         }
     };
-    if config.get_hosts().iter().all(local) { TlsMode::Disable } else { TlsMode::VerifyFull }
+    let addresses_are_local = config.get_hostaddrs().iter().all(std::net::IpAddr::is_loopback);
+    if config.get_hosts().iter().all(local) && addresses_are_local {
+        TlsMode::Disable
+    } else {
+        TlsMode::VerifyFull
+    }
 }
 
 /// Hosts, user and password stay out: this may end in a log.
 impl fmt::Debug for ConnectOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ConnectOptions").field("application_name", &self.application_name()).finish_non_exhaustive()
+        f.debug_struct("ConnectOptions")
+            .field("application_name", &self.application_name())
+            .finish_non_exhaustive()
     }
 }

@@ -23,16 +23,16 @@ pub(crate) enum StorageError {
     /// The same, or a refusal, on a connection that tokio-postgres drives.
     #[error("the database connection failed")]
     Driver(#[from] tokio_postgres::Error),
-    /// The server answered something that this version does not understand.
-    #[error("unexpected answer: {0}")]
-    Unexpected(String),
 }
 
 impl From<diesel::result::Error> for StorageError {
     fn from(error: diesel::result::Error) -> Self {
         use diesel::result::{DatabaseErrorKind, Error};
         match error {
-            Error::DatabaseError(DatabaseErrorKind::UnableToSendCommand | DatabaseErrorKind::ClosedConnection, _)
+            Error::DatabaseError(
+                DatabaseErrorKind::UnableToSendCommand | DatabaseErrorKind::ClosedConnection,
+                _,
+            )
             | Error::BrokenTransactionManager => Self::Disconnected(error),
             other => Self::Refused(other),
         }
@@ -45,14 +45,17 @@ impl StorageError {
         match self {
             Self::Disconnected(_) => true,
             Self::Driver(error) => error.as_db_error().is_none(),
-            Self::NoConnection | Self::Connect(_) | Self::Refused(_) | Self::Unexpected(_) => false,
+            Self::NoConnection | Self::Connect(_) | Self::Refused(_) => false,
         }
     }
 
     pub(crate) fn into_acquire(self, lock_id: LockId) -> AcquireError {
         if self.is_outcome_unknown() {
             metrics::counter!("leasehold_outcome_unknown_total").increment(1);
-            AcquireError::OutcomeUnknown { lock_id, source: self.into() }
+            AcquireError::OutcomeUnknown {
+                lock_id,
+                source: self.into(),
+            }
         } else {
             AcquireError::Unavailable(self.into())
         }

@@ -1,1 +1,31 @@
-//! wip
+#![doc = include_str!("../README.md")]
+
+pub mod advisory;
+mod clock;
+mod connect;
+mod database;
+mod error;
+mod holds;
+mod keeper;
+mod lease;
+mod observe;
+mod pool;
+mod presence;
+mod process;
+mod signals;
+mod startup;
+mod statement;
+mod tls;
+mod transaction;
+mod waiting;
+
+pub use advisory::transaction::PgTransactionLock;
+pub use connect::{ConnectOptions, ConnectOptionsError};
+pub use database::Database;
+pub use lease::row::{PgLeaseLock, RowLease};
+pub use lease::table::{LeaseColumns, LeaseTable, RowLeaseTable};
+pub use pool::{Pool, PoolState};
+pub use startup::{Findings, StartupError};
+pub use statement::Prepared;
+pub use tls::TlsMode;
+pub use transaction::{TransactionError, WorkError};

@@ -82,7 +82,10 @@ impl Pool {
     /// How many connections there are now.
     pub fn state(&self) -> PoolState {
         let state = self.inner.state();
-        PoolState { open: state.connections, idle: state.idle_connections }
+        PoolState {
+            open: state.connections,
+            idle: state.idle_connections,
+        }
     }
 }
 
@@ -129,7 +132,11 @@ impl bb8::ManageConnection for Manager {
     }
 
     async fn is_valid(&self, pooled: &mut Pooled) -> Result<(), StorageError> {
-        if self.has_broken(pooled) { Err(StorageError::NoConnection) } else { Ok(()) }
+        if self.has_broken(pooled) {
+            Err(StorageError::NoConnection)
+        } else {
+            Ok(())
+        }
     }
 
     /// True closes the connection. An open transaction, and a socket that has ended, break it as well.
@@ -146,7 +153,10 @@ struct LogErrors;
 
 impl bb8::ErrorSink<StorageError> for LogErrors {
     fn sink(&self, error: StorageError) {
-        tracing::warn!(error = crate::error::chain(&error), "cannot connect to the database");
+        tracing::warn!(
+            error = crate::error::chain(&error),
+            "cannot connect to the database"
+        );
     }
 
     fn boxed_clone(&self) -> Box<dyn bb8::ErrorSink<StorageError>> {

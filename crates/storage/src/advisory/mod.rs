@@ -1,0 +1,8 @@
+//! Advisory locks: locks on numbers, kept in the memory of the server for a session or a transaction.
+
+mod hashtextextended;
+pub(crate) mod holder;
+mod key;
+pub(crate) mod transaction;
+
+pub use key::{AdvisoryKey, compat};

@@ -1,0 +1,442 @@
+//! [`PgTransactionLock`]: an advisory lock that lives as long as a transaction.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use diesel::QueryableByName;
+use diesel::sql_types::{BigInt, Bool, Integer, Nullable, Text, Timestamptz};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use futures_util::FutureExt;
+use leasehold_domain::{
+    AcquireError, Contention, DistributedLock, ExtendError, GuardParts, HeldLock, Invalid, LockGuard, LockId,
+    LockMode, LockName, LockRequest, MonotonicClock, ReleaseError, Released, ResumeError, Ttl, Unavailable,
+};
+use tracing::Instrument;
+
+use crate::advisory::{AdvisoryKey, holder};
+use crate::clock::Boottime;
+use crate::error::StorageError;
+use crate::holds::{Hold, Scope};
+use crate::observe;
+use crate::pool::Checkout;
+use crate::process::Process;
+use crate::statement::Prepared;
+use crate::transaction::{begin, rollback};
+use crate::waiting::Attempt;
+
+/// An exclusive lock that a transaction has: what is written in that transaction is written by the only holder,
+/// or not at all, whatever happens to the process in between.
+///
+/// A guard keeps a pooled connection with an open transaction. Its statements run by
+/// [`Database::fenced_transaction`](crate::Database::fenced_transaction), whose commit ends the hold; a guard
+/// that is released or dropped rolls back. There is no lease: `ttl` has no effect, a crashed process frees the
+/// lock as soon as its connection ends. At `max_hold` the guard is lost and what it would commit is refused.
+///
+/// [`LockMode::Shared`] is refused as [`AcquireError::Invalid`], and a hold cannot be resumed: it ended with its
+/// connection.
+#[derive(Clone, Debug)]
+pub struct PgTransactionLock {
+    process: Arc<Process>,
+}
+
+/// The transaction of a hold.
+pub(crate) struct OpenTransaction {
+    slot: Mutex<Slot>,
+    pub(crate) backend_pid: i32,
+    /// Ends the hold at `max_hold`.
+    timer: Mutex<Option<tokio::task::JoinHandle<()>>>,
+}
+
+enum Slot {
+    /// Open, with its id, and nobody is using it.
+    Parked(Box<Checkout>, String),
+    /// Lent to the caller's work, or gone with it.
+    Lent,
+    /// Committed or rolled back: the server has freed the lock.
+    Ended,
+}
+
+impl OpenTransaction {
+    fn replace(&self, slot: Slot) -> Slot {
+        std::mem::replace(
+            &mut *self.slot.lock().unwrap_or_else(PoisonError::into_inner),
+            slot,
+        )
+    }
+
+    /// Lends the connection out, once, with the id of its transaction.
+    pub(crate) fn take(&self) -> Option<(Checkout, String)> {
+        match self.replace(Slot::Lent) {
+            Slot::Parked(checkout, id) => Some((*checkout, id)),
+            Slot::Lent => None,
+            Slot::Ended => {
+                self.set_ended();
+                None
+            }
+        }
+    }
+
+    pub(crate) fn set_ended(&self) {
+        self.replace(Slot::Ended);
+        self.cancel_timer();
+    }
+
+    fn has_ended(&self) -> bool {
+        matches!(
+            *self.slot.lock().unwrap_or_else(PoisonError::into_inner),
+            Slot::Ended
+        )
+    }
+
+    fn cancel_timer(&self) {
+        if let Some(timer) = self.timer.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            timer.abort();
+        }
+    }
+}
+
+impl fmt::Debug for OpenTransaction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OpenTransaction")
+            .field("backend_pid", &self.backend_pid)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The bound on idleness is the server's own: it ends the session of a process that was stopped.
+const TRY_LOCK: &str = "\
+SELECT got, now() AS acquired_at, pg_backend_pid() AS backend_pid,
+       CASE WHEN got THEN pg_current_xact_id()::text END AS transaction,
+       CASE WHEN got THEN set_config('idle_in_transaction_session_timeout', $2, true) END AS bound
+FROM (SELECT pg_try_advisory_xact_lock($1) AS got OFFSET 0) AS attempt";
+
+#[derive(QueryableByName)]
+struct TryLockRow {
+    #[diesel(sql_type = Bool)]
+    got: bool,
+    #[diesel(sql_type = Timestamptz)]
+    acquired_at: DateTime<Utc>,
+    #[diesel(sql_type = Integer)]
+    backend_pid: i32,
+    #[diesel(sql_type = Nullable<Text>)]
+    transaction: Option<String>,
+}
+
+async fn try_lock(
+    conn: &mut AsyncPgConnection,
+    key: i64,
+    idle_bound: Duration,
+) -> Result<TryLockRow, StorageError> {
+    // Postgres takes whole milliseconds up to 2^31 - 1, and 0 would mean no bound.
+    let millis = idle_bound.as_millis().clamp(1, i32::MAX as u128);
+    let query = diesel::sql_query(TRY_LOCK)
+        .bind::<BigInt, _>(key)
+        .bind::<Text, _>(format!("{millis}ms"));
+    Ok(Prepared(query).get_result(conn).await?)
+}
+
+impl PgTransactionLock {
+    pub(crate) fn new(process: Arc<Process>) -> Self {
+        Self { process }
+    }
+
+    fn check(request: &LockRequest) -> Result<(), Invalid> {
+        request.validate()?;
+        if request.mode() == LockMode::Shared {
+            return Err(Invalid::new(
+                "mode",
+                "a transaction lock of this kind is exclusive",
+            ));
+        }
+        Ok(())
+    }
+
+    async fn attempt(&self, request: &LockRequest) -> Result<Attempt, AcquireError> {
+        let name = request.name();
+        // What this process holds needs no connection to be refused.
+        if let Some(hold) = self.process.holds.transaction(name) {
+            return Ok(Attempt::Contended(Contention::with(held(&hold)), None));
+        }
+        let lock_id = LockId::new();
+        // Whatever happens in between: the connection is closed, and the server frees the lock.
+        let unavailable = |error: StorageError| AcquireError::Unavailable(error.into());
+        let mut checkout = begin(&self.process.pool).await.map_err(unavailable)?;
+        let (key, _) = AdvisoryKey::of(name).as_lock_table_columns();
+        let row = try_lock(checkout.conn(), key, request.max_hold())
+            .await
+            .map_err(unavailable)?;
+        let TryLockRow {
+            got: true,
+            acquired_at,
+            backend_pid,
+            transaction: Some(transaction),
+        } = row
+        else {
+            rollback(checkout).await;
+            let held = holder::find(&self.process.pool, AdvisoryKey::of(name), name)
+                .await
+                .map_err(unavailable)?;
+            return Ok(Attempt::Contended(
+                held.map_or_else(|| Contention::unknown(name.clone()), Contention::with),
+                None,
+            ));
+        };
+        Ok(Attempt::Acquired(self.guard(
+            request,
+            lock_id,
+            checkout,
+            transaction,
+            acquired_at,
+            backend_pid,
+        )))
+    }
+
+    fn guard(
+        &self,
+        request: &LockRequest,
+        lock_id: LockId,
+        checkout: Checkout,
+        transaction: String,
+        acquired_at: DateTime<Utc>,
+        backend_pid: i32,
+    ) -> LockGuard {
+        let open = Arc::new(OpenTransaction {
+            slot: Mutex::new(Slot::Parked(Box::new(checkout), transaction)),
+            backend_pid,
+            timer: Mutex::new(None),
+        });
+        let parts = GuardParts {
+            name: request.name().clone(),
+            mode: LockMode::Exclusive,
+            lock_id,
+            fencing_token: None,
+            holder: request.holder().clone(),
+            acquired_at,
+            expires_at: None,
+            trusted_until: None,
+            clock: Arc::new(Boottime),
+        };
+        let (process, dropped, name) = (
+            Arc::clone(&self.process),
+            Arc::clone(&open),
+            request.name().clone(),
+        );
+        let guard = LockGuard::new(parts, move || {
+            process.holds.remove(lock_id);
+            dropped.cancel_timer();
+            let taken = dropped.take();
+            let keeper = process.keeper.clone();
+            // A connection may only be dropped in a runtime, and the guard may be dropped anywhere.
+            keeper.finish(async move {
+                if let Some((checkout, _)) = taken {
+                    rollback(checkout).await;
+                }
+                process.freed(&name);
+            });
+        });
+        self.process
+            .holds
+            .insert(guard.control(), Scope::Transaction(Arc::clone(&open)));
+        self.end_at(lock_id, request.name().clone(), &open, request.max_hold());
+        guard
+    }
+
+    /// Ends the hold at `max_hold`, counted on a clock that runs on during suspend.
+    fn end_at(&self, lock_id: LockId, name: LockName, open: &Arc<OpenTransaction>, max_hold: Duration) {
+        let (process, ended) = (Arc::downgrade(&self.process), Arc::clone(open));
+        let ends = Boottime.now().plus(max_hold);
+        let timer = self.process.keeper.spawn(async move {
+            loop {
+                let left = ends.since(Boottime.now());
+                if left.is_zero() {
+                    break;
+                }
+                tokio::time::sleep(left.min(Duration::from_secs(60))).await;
+            }
+            let Some(process) = process.upgrade() else { return };
+            process.holds.lose(lock_id);
+            if let Some((checkout, _)) = ended.take() {
+                rollback(checkout).await;
+                process.freed(&name);
+            }
+        });
+        *open.timer.lock().unwrap_or_else(PoisonError::into_inner) = Some(timer);
+    }
+
+    /// Takes a lock away from its holder by ending the holder's database session, which rolls its transaction
+    /// back, and records who did it and why in `leasehold.lock_audit`.
+    ///
+    /// Answers the hold that was ended, or `None` when nobody held the lock.
+    ///
+    /// # Errors
+    /// [`Unavailable`] when the database cannot be asked, or does not let this role end that session.
+    ///
+    /// # Cancel safety
+    /// The lock may or may not have been taken away.
+    pub async fn force_release(
+        &self,
+        name: &LockName,
+        by: &str,
+        reason: &str,
+    ) -> Result<Option<HeldLock>, Unavailable> {
+        let Some(held) = self.inspect(name).await? else {
+            return Ok(None);
+        };
+        let Some(session) = &held.session else {
+            return Ok(None);
+        };
+        let (bits, _) = AdvisoryKey::of(name).as_lock_table_columns();
+        let holder = held.holder.clone();
+        let ended: bool = self
+            .process
+            .pool
+            .run(async |conn| {
+                let query = diesel::sql_query(TERMINATE)
+                    .bind::<Integer, _>(session.backend_pid)
+                    .bind::<BigInt, _>(bits)
+                    .bind::<Text, _>(name.encoded())
+                    .bind::<Text, _>(by)
+                    .bind::<Text, _>(reason)
+                    .bind::<Nullable<diesel::sql_types::Uuid>, _>(held.lock_id.map(LockId::as_uuid))
+                    .bind::<Nullable<Text>, _>(holder.as_ref().map(|holder| holder.operation.clone()))
+                    .bind::<Nullable<Text>, _>(holder.as_ref().map(|holder| holder.owner.clone()))
+                    .bind::<Nullable<Timestamptz>, _>(held.acquired_at);
+                let row: EndedRow = Prepared(query).get_result(conn).await?;
+                Ok::<_, StorageError>(row.ended)
+            })
+            .await?;
+        if !ended {
+            return Ok(None);
+        }
+        if let Some(lock_id) = held.lock_id {
+            self.process.holds.lose(lock_id);
+        }
+        self.process.freed(name);
+        Ok(Some(held))
+    }
+}
+
+/// Looks once more that the session still has the lock: it may serve somebody else by now.
+const TERMINATE: &str = "\
+WITH ended AS MATERIALIZED (
+    SELECT pg_terminate_backend(l.pid) AS done FROM pg_locks AS l
+    WHERE l.pid = $1 AND l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND (l.classid::bigint << 32) | l.objid::bigint = $2
+), audited AS (
+    INSERT INTO leasehold.lock_audit (name, released_by, reason, lock_id, operation, locked_by, acquired_at)
+    SELECT $3, $4, $5, $6, $7, $8, $9 FROM ended WHERE done
+)
+SELECT coalesce((SELECT bool_or(done) FROM ended), false) AS ended";
+
+#[derive(QueryableByName)]
+struct EndedRow {
+    #[diesel(sql_type = Bool)]
+    ended: bool,
+}
+
+/// A hold of this process as others see it.
+fn held(hold: &Hold) -> HeldLock {
+    let parts = hold.control.parts();
+    let session = match &hold.scope {
+        Scope::Transaction(open) => Some(leasehold_domain::HolderSession {
+            backend_pid: open.backend_pid,
+            application_name: None,
+            client_address: None,
+        }),
+        Scope::Lease(_) => None,
+    };
+    HeldLock {
+        lock_id: Some(parts.lock_id),
+        holder: Some(parts.holder.clone()),
+        acquired_at: Some(parts.acquired_at),
+        session,
+        ..HeldLock::unknown(parts.name.clone(), parts.mode)
+    }
+}
+
+#[async_trait]
+impl DistributedLock for PgTransactionLock {
+    async fn try_acquire(&self, request: &LockRequest) -> Result<LockGuard, AcquireError> {
+        let attempt = async {
+            Self::check(request)?;
+            match self.attempt(request).await? {
+                Attempt::Acquired(guard) => Ok(guard),
+                Attempt::Contended(contention, _) => Err(AcquireError::Contended(contention)),
+            }
+        };
+        let span = observe::span("try_acquire", "transaction", request.name());
+        observe::acquire("transaction", attempt).instrument(span).await
+    }
+
+    async fn acquire(&self, request: &LockRequest, wait: Duration) -> Result<LockGuard, AcquireError> {
+        let attempt = async {
+            Self::check(request)?;
+            let process = &self.process;
+            let attempt = || self.attempt(request).boxed();
+            process
+                .queues
+                .acquire(request.name(), wait, &process.signals, attempt)
+                .await
+        };
+        let span = observe::span("acquire", "transaction", request.name());
+        observe::acquire("transaction", attempt).instrument(span).await
+    }
+
+    async fn resume(&self, request: &LockRequest, lock_id: LockId) -> Result<LockGuard, ResumeError> {
+        Self::check(request)?;
+        Err(ResumeError::NotHeld { lock_id })
+    }
+
+    /// Moves nothing, because nothing expires: it answers whether the lock is still held.
+    async fn extend(&self, guard: &LockGuard, ttl: Duration) -> Result<(), ExtendError> {
+        Ttl::new(ttl)?;
+        if guard.is_lost() || self.process.holds.get(guard.lock_id()).is_none() {
+            return Err(ExtendError::Lost);
+        }
+        Ok(())
+    }
+
+    async fn release(&self, guard: LockGuard) -> Result<Released, ReleaseError> {
+        let span = observe::span("release", "transaction", guard.name());
+        async {
+            let Some(Hold {
+                scope: Scope::Transaction(open),
+                ..
+            }) = self.process.holds.get(guard.lock_id())
+            else {
+                guard.defuse();
+                return Ok(Released::AlreadyGone);
+            };
+            let ended = open.has_ended();
+            let taken = open.take();
+            open.cancel_timer();
+            let released = ended || taken.is_some();
+            if let Some((checkout, _)) = taken {
+                // Dropped in the middle of this the connection closes, which frees the lock as well.
+                rollback(checkout).await;
+            }
+            self.process.holds.remove(guard.lock_id());
+            let name = guard.name().clone();
+            guard.defuse();
+            self.process.freed(&name);
+            Ok(if released {
+                Released::Held
+            } else {
+                Released::AlreadyGone
+            })
+        }
+        .instrument(span)
+        .await
+    }
+
+    async fn inspect(&self, name: &LockName) -> Result<Option<HeldLock>, Unavailable> {
+        if let Some(hold) = self.process.holds.transaction(name) {
+            return Ok(Some(held(&hold)));
+        }
+        Ok(holder::find(&self.process.pool, AdvisoryKey::of(name), name).await?)
+    }
+}

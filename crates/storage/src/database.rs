@@ -1,0 +1,93 @@
+//! [`Database`]: the entrance. One a process; every lock comes from it.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::advisory::transaction::PgTransactionLock;
+use crate::connect::ConnectOptions;
+use crate::lease::row::{PgLeaseLock, RowLease};
+use crate::lease::table::LeaseTable;
+use crate::pool::Pool;
+use crate::process::Process;
+use crate::startup::{self, Findings, StartupError};
+
+/// A Postgres database and what this process holds in it. Clones share everything.
+///
+/// It keeps a thread and, besides the pool, a few connections of its own: one that renews leases, one that gives
+/// back what was dropped, and one that listens.
+#[derive(Clone)]
+pub struct Database {
+    pub(crate) process: Arc<Process>,
+    leases: Arc<LeaseTable>,
+}
+
+impl Database {
+    /// Checks that the server is one that locks can rely on, and starts the background thread.
+    ///
+    /// The pool has at most `pool_size` connections; it opens them as they are needed.
+    ///
+    /// # Errors
+    /// [`StartupError`] names what is wrong with the server and what to do about it. What is merely unwise stands
+    /// in [`Database::findings`].
+    ///
+    /// # Cancel safety
+    /// Nothing is left behind.
+    pub async fn connect(options: ConnectOptions, pool_size: u32) -> Result<Self, StartupError> {
+        let findings = startup::check(&options).await?;
+        let process = Process::start(options, pool_size, findings).map_err(StartupError::Thread)?;
+        Ok(Self {
+            process: Arc::new(process),
+            leases: Arc::new(LeaseTable::own()),
+        })
+    }
+
+    /// What was found at the start.
+    pub fn findings(&self) -> &Findings {
+        &self.process.findings
+    }
+
+    /// The pool, to look at.
+    pub fn pool(&self) -> &Pool {
+        &self.process.pool
+    }
+
+    /// Locks on any names, kept as lease rows in `leasehold.leases`.
+    pub fn leases(&self) -> PgLeaseLock {
+        RowLease::new(Arc::clone(&self.process), Arc::clone(&self.leases))
+    }
+
+    /// Locks on the rows of a table of the caller.
+    pub fn row_leases(&self, table: LeaseTable) -> RowLease {
+        RowLease::new(Arc::clone(&self.process), Arc::new(table))
+    }
+
+    /// Locks that live as long as a transaction, which [`Database::fenced_transaction`] runs the caller's
+    /// statements in.
+    pub fn transaction_locks(&self) -> PgTransactionLock {
+        PgTransactionLock::new(Arc::clone(&self.process))
+    }
+
+    /// Ends the background thread once everything that guards were dropped with is given back, at most `grace`
+    /// later. Guards that still live are lost when their `ttl` or their connection ends.
+    ///
+    /// # Cancel safety
+    /// The thread ends all the same.
+    pub async fn shutdown(&self, grace: Duration) {
+        if tokio::time::timeout(grace, self.process.keeper.stop())
+            .await
+            .is_err()
+        {
+            tracing::warn!("the background thread did not end within {grace:?}");
+        }
+    }
+}
+
+impl fmt::Debug for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Database")
+            .field("application_name", &self.process.options.application_name())
+            .field("pool", &self.process.pool)
+            .finish_non_exhaustive()
+    }
+}

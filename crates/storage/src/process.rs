@@ -1,0 +1,67 @@
+//! [`Process`]: what all locks of one process share.
+
+use leasehold_domain::LockName;
+use uuid::Uuid;
+
+use crate::connect::ConnectOptions;
+use crate::holds::Holds;
+use crate::keeper::Keeper;
+use crate::lease::reaper::Reaper;
+use crate::lease::renewer::Renewer;
+use crate::pool::Pool;
+use crate::presence;
+use crate::signals::{self, Signals};
+use crate::startup::Findings;
+use crate::waiting::Queues;
+
+/// The shared parts. It lives as long as a guard does: a guard must be able to release.
+#[derive(Debug)]
+pub(crate) struct Process {
+    /// Tells this process from others in `leasehold.presence`.
+    pub(crate) id: Uuid,
+    pub(crate) options: ConnectOptions,
+    pub(crate) findings: Findings,
+    pub(crate) pool: Pool,
+    pub(crate) keeper: Keeper,
+    pub(crate) holds: Holds,
+    pub(crate) queues: Queues,
+    pub(crate) signals: Signals,
+    pub(crate) renewer: Renewer,
+    pub(crate) reaper: Reaper,
+}
+
+impl Process {
+    pub(crate) fn start(
+        options: ConnectOptions,
+        pool_size: u32,
+        findings: Findings,
+    ) -> std::io::Result<Self> {
+        let id = Uuid::new_v4();
+        let keeper = Keeper::start()?;
+        let holds = Holds::default();
+        let queues = Queues::default();
+        let signals = Signals::start(&keeper, options.clone(), !findings.pooled);
+        let renewer = Renewer::start(&keeper, options.clone(), holds.clone());
+        let reaper = Reaper::new(keeper.clone(), options.clone(), queues.clone(), signals.clone());
+        presence::start(&keeper, options.clone(), id, holds.clone());
+        let pool = Pool::new(options.clone(), pool_size);
+        Ok(Self {
+            id,
+            options,
+            findings,
+            pool,
+            keeper,
+            holds,
+            queues,
+            signals,
+            renewer,
+            reaper,
+        })
+    }
+
+    /// Tells everybody who waits that this process has freed a name.
+    pub(crate) fn freed(&self, name: &LockName) {
+        self.queues.freed(name);
+        self.signals.freed(signals::key(name));
+    }
+}

@@ -1,0 +1,275 @@
+//! [`Signals`]: "I wait for this name" and "this name is free", between processes by NOTIFY.
+//!
+//! Notifications are hints. A commit that notifies takes a lock that all such commits of the server share, so
+//! nothing is sent unless somebody waits, and it is sent by a transaction of its own after the release has
+//! committed. Listeners die silently, so every waiter also polls.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use leasehold_domain::LockName;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::Instant;
+use tokio_postgres::{AsyncMessage, Client};
+
+use crate::advisory::AdvisoryKey;
+use crate::connect::ConnectOptions;
+use crate::keeper::Keeper;
+
+const WAIT_CHANNEL: &str = "leasehold_wait";
+const FREE_CHANNEL: &str = "leasehold_free";
+
+/// A wait that was announced is answered when the name is released within this time after, or was within this
+/// time before.
+const RECENT: Duration = Duration::from_secs(5);
+/// After this time without another announcement a waiter is believed to be gone.
+const WAITERS_FORGOTTEN: Duration = Duration::from_secs(30);
+/// How many names may be remembered before old ones are swept out.
+const SWEEP_ABOVE: usize = 1024;
+const RECONNECT: Duration = Duration::from_millis(250);
+
+/// The signals of one process.
+#[derive(Clone, Debug)]
+pub(crate) struct Signals {
+    state: Arc<State>,
+    outbox: mpsc::UnboundedSender<Message>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    names: Mutex<Names>,
+}
+
+#[derive(Debug, Default)]
+struct Names {
+    /// Names that other processes wait for, and when they last said so.
+    wanted: HashMap<i64, Instant>,
+    /// Names that this process released, and when.
+    released: HashMap<i64, Instant>,
+    /// Waiters of this process.
+    waiting: HashMap<i64, Arc<Notify>>,
+}
+
+#[derive(Debug)]
+enum Message {
+    Wait(i64, oneshot::Sender<()>),
+    Free(i64),
+}
+
+impl State {
+    fn names(&self) -> MutexGuard<'_, Names> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The key under which a name is signalled.
+pub(crate) fn key(name: &LockName) -> i64 {
+    AdvisoryKey::of(name).as_lock_table_columns().0
+}
+
+impl Signals {
+    /// Starts the listener on the keeper's thread. With `listen` false (a transaction pooler is in between)
+    /// nothing is sent and nothing is heard.
+    pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, listen: bool) -> Self {
+        let state = Arc::new(State::default());
+        let (outbox, inbox) = mpsc::unbounded_channel();
+        if listen {
+            keeper.spawn(run(options, Arc::clone(&state), inbox));
+        }
+        Self { state, outbox }
+    }
+
+    /// Says that this process has released a name. Never blocks.
+    pub(crate) fn freed(&self, key: i64) {
+        let now = Instant::now();
+        let wanted = {
+            let mut names = self.state.names();
+            if names.released.len() > SWEEP_ABOVE {
+                names.released.retain(|_, at| now - *at < RECENT);
+            }
+            names.released.insert(key, now);
+            names
+                .wanted
+                .remove(&key)
+                .is_some_and(|at| now - at < WAITERS_FORGOTTEN)
+        };
+        if wanted {
+            // Without a listener nobody hears; the waiters poll.
+            drop(self.outbox.send(Message::Free(key)));
+        }
+    }
+
+    /// Whether another process is known to wait for the name.
+    pub(crate) fn is_wanted(&self, key: i64) -> bool {
+        self.state
+            .names()
+            .wanted
+            .get(&key)
+            .is_some_and(|at| at.elapsed() < WAITERS_FORGOTTEN)
+    }
+
+    /// Tells other processes that this one waits for a name, and hears when one of them frees it. Try again
+    /// after this returns: a release before it was not heard.
+    pub(crate) async fn wait_for(&self, key: i64) -> Subscription {
+        let freed = Arc::clone(self.state.names().waiting.entry(key).or_default());
+        let subscription = Subscription {
+            signals: self.clone(),
+            key,
+            freed,
+        };
+        subscription.announce().await;
+        subscription
+    }
+}
+
+/// A waiter's ear on one name.
+#[derive(Debug)]
+pub(crate) struct Subscription {
+    signals: Signals,
+    key: i64,
+    freed: Arc<Notify>,
+}
+
+impl Subscription {
+    /// Says again that this process waits: others forget it after a while.
+    pub(crate) async fn announce(&self) {
+        let (sent, heard) = oneshot::channel();
+        if self.signals.outbox.send(Message::Wait(self.key, sent)).is_ok() {
+            // An error means that there is no listener now: poll.
+            _ = heard.await;
+        }
+    }
+
+    /// Waits for another process to free the name.
+    pub(crate) async fn freed(&self) {
+        self.freed.notified().await;
+    }
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        let mut names = self.signals.state.names();
+        // The map's own and ours.
+        if Arc::strong_count(&self.freed) <= 2 {
+            names.waiting.remove(&self.key);
+        }
+    }
+}
+
+/// Listens for as long as the process lives, on a connection of its own that is replaced when it breaks.
+async fn run(options: ConnectOptions, state: Arc<State>, mut inbox: mpsc::UnboundedReceiver<Message>) {
+    loop {
+        match listen(&options, &state).await {
+            Ok((client, mut closed)) => {
+                tracing::debug!("listening for lock signals");
+                if !serve(&client, &mut inbox, &mut closed).await {
+                    return;
+                }
+                tracing::warn!("the listener for lock signals was lost; waiters poll until it is back");
+            }
+            Err(error) => tracing::warn!(
+                error = crate::error::chain(&error),
+                "cannot listen for lock signals"
+            ),
+        }
+        // Waiters who announced themselves meanwhile poll: drop their announcements rather than keep them waiting.
+        let again = tokio::time::sleep(RECONNECT);
+        tokio::pin!(again);
+        loop {
+            tokio::select! {
+                () = &mut again => break,
+                message = inbox.recv() => if message.is_none() { return },
+            }
+        }
+    }
+}
+
+/// Opens the connection; its driver hands on what it hears until `closed` changes.
+async fn listen(
+    options: &ConnectOptions,
+    state: &Arc<State>,
+) -> Result<(Arc<Client>, watch::Receiver<()>), tokio_postgres::Error> {
+    let (client, mut driver) = options.open().await?;
+    let client = Arc::new(client);
+    let (ended, closed) = watch::channel(());
+    let (heard, mut notifications) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let mut messages = futures_util::stream::poll_fn(move |context| driver.poll_message(context));
+        while let Some(Ok(message)) = messages.next().await {
+            if let AsyncMessage::Notification(notification) = message {
+                drop(heard.send(notification));
+            }
+        }
+        drop(ended);
+    });
+    client
+        .batch_execute(&format!("LISTEN {WAIT_CHANNEL}; LISTEN {FREE_CHANNEL}"))
+        .await?;
+    let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await?.get(0);
+    let (state, replies) = (Arc::clone(state), Arc::downgrade(&client));
+    tokio::spawn(async move {
+        while let Some(notification) = notifications.recv().await {
+            let Ok(key) = notification.payload().parse() else {
+                continue;
+            };
+            if notification.process_id() == pid {
+                continue;
+            }
+            match notification.channel() {
+                WAIT_CHANNEL => {
+                    let now = Instant::now();
+                    let just_released = {
+                        let mut names = state.names();
+                        if names.wanted.len() > SWEEP_ABOVE {
+                            names.wanted.retain(|_, at| now - *at < WAITERS_FORGOTTEN);
+                        }
+                        names.wanted.insert(key, now);
+                        names.released.get(&key).is_some_and(|at| now - *at < RECENT)
+                    };
+                    if just_released && let Some(client) = replies.upgrade() {
+                        notify(&client, FREE_CHANNEL, key).await;
+                    }
+                }
+                FREE_CHANNEL => {
+                    if let Some(waiter) = state.names().waiting.get(&key) {
+                        waiter.notify_one();
+                    }
+                }
+                _ => {}
+            }
+        }
+    });
+    Ok((client, closed))
+}
+
+/// Sends what is to be sent, in batches. Answers whether the process still wants signals.
+async fn serve(
+    client: &Client,
+    inbox: &mut mpsc::UnboundedReceiver<Message>,
+    closed: &mut watch::Receiver<()>,
+) -> bool {
+    loop {
+        let message = tokio::select! {
+            message = inbox.recv() => message,
+            _ = closed.changed() => return true,
+        };
+        match message {
+            None => return false,
+            Some(Message::Free(key)) => notify(client, FREE_CHANNEL, key).await,
+            Some(Message::Wait(key, sent)) => {
+                notify(client, WAIT_CHANNEL, key).await;
+                // The waiter may be gone by now.
+                _ = sent.send(());
+            }
+        }
+    }
+}
+
+/// One transaction that did nothing else. A failure shows as the end of the connection.
+async fn notify(client: &Client, channel: &str, key: i64) {
+    if let Err(error) = client.batch_execute(&format!("NOTIFY {channel}, '{key}'")).await {
+        tracing::debug!(error = crate::error::chain(&error), "a lock signal was not sent");
+    }
+}

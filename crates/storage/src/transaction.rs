@@ -1,0 +1,436 @@
+//! Running the caller's own statements: the one place where diesel's types stand in a public signature.
+
+use diesel::sql_types::{Nullable, Text, Uuid as SqlUuid};
+use diesel::{OptionalExtension, QueryableByName};
+use diesel_async::{
+    AnsiTransactionManager, AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection, TransactionManager,
+};
+use leasehold_domain::{ErrorClass, HoldControl, LockGuard, LockId, Unavailable};
+use std::time::Duration;
+
+use crate::database::Database;
+use crate::error::StorageError;
+use crate::holds::Scope;
+use crate::lease::LeaseHold;
+use crate::pool::{Checkout, Pool};
+use crate::statement::Prepared;
+
+/// How long to look for the fate of a transaction whose COMMIT was not answered.
+const RESOLVE: Duration = Duration::from_secs(2);
+const RESOLVE_POLL: Duration = Duration::from_millis(50);
+
+const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
+
+/// Why statements outside of a transaction did not run to their end.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkError<E> {
+    /// The caller's own error.
+    #[error(transparent)]
+    Work(E),
+    /// No connection could be had.
+    #[error("the database is not available")]
+    Unavailable(#[source] Unavailable),
+}
+
+impl<E> From<StorageError> for WorkError<E> {
+    fn from(error: StorageError) -> Self {
+        Self::Unavailable(error.into())
+    }
+}
+
+/// Why a transaction is not known to have committed.
+#[derive(Debug, thiserror::Error)]
+pub enum TransactionError<E> {
+    /// The caller's own error; everything was rolled back.
+    #[error(transparent)]
+    Work(E),
+    /// The lock was no longer ours: everything was rolled back.
+    #[error("the lock was lost before the transaction could commit")]
+    Lost,
+    /// Postgres rolled back although the work reported no error: it swallowed one, or a deferred constraint
+    /// failed.
+    #[error("the transaction was rolled back")]
+    CommitRolledBack(#[source] Unavailable),
+    /// The answer to COMMIT was lost and the transaction's fate could not be found out. It may have committed.
+    #[error("the outcome of the commit is unknown")]
+    OutcomeUnknown {
+        /// The hold that it ran under, if any.
+        lock_id: Option<LockId>,
+        /// What went wrong.
+        #[source]
+        source: Unavailable,
+    },
+    /// The database could not be reached; nothing was committed.
+    #[error("the database is not available")]
+    Unavailable(#[source] Unavailable),
+}
+
+impl<E> TransactionError<E> {
+    /// The kind of failure; `None` for the caller's own error.
+    pub fn class(&self) -> Option<ErrorClass> {
+        match self {
+            Self::Work(_) => None,
+            Self::Lost => Some(ErrorClass::Conflict),
+            Self::CommitRolledBack(_) | Self::OutcomeUnknown { .. } => Some(ErrorClass::Internal),
+            Self::Unavailable(_) => Some(ErrorClass::Unavailable),
+        }
+    }
+}
+
+impl<E> From<StorageError> for TransactionError<E> {
+    fn from(error: StorageError) -> Self {
+        Self::Unavailable(error.into())
+    }
+}
+
+/// What a statement at the border of a transaction found: its id, to ask for its fate, and whether to go on.
+#[derive(QueryableByName)]
+struct FenceRow {
+    #[diesel(sql_type = Text)]
+    transaction: String,
+}
+
+impl Database {
+    /// Runs statements, each its own transaction, on one connection.
+    ///
+    /// `work` must not give up on a statement of its own (with a timeout, say) and go on.
+    ///
+    /// # Errors
+    /// [`WorkError`].
+    ///
+    /// # Cancel safety
+    /// Statements that were sent may have had their effect.
+    pub async fn read<T, E, W>(&self, work: W) -> Result<T, WorkError<E>>
+    where
+        W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
+    {
+        self.process
+            .pool
+            .run(async |conn| work(conn).await.map_err(WorkError::Work))
+            .await
+    }
+
+    /// Runs statements in one READ COMMITTED transaction that commits if `work` succeeds.
+    ///
+    /// # Errors
+    /// [`TransactionError`]; never [`TransactionError::Lost`].
+    ///
+    /// # Cancel safety
+    /// Rolled back, unless COMMIT was sent.
+    pub async fn transaction<T, E, W>(&self, work: W) -> Result<T, TransactionError<E>>
+    where
+        W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
+    {
+        let mut checkout = begin(&self.process.pool).await?;
+        match work(checkout.conn()).await {
+            Ok(value) => finish(&self.process.pool, checkout, Ending::checked(None, None))
+                .await
+                .map(|()| value),
+            Err(error) => {
+                rollback(checkout).await;
+                Err(TransactionError::Work(error))
+            }
+        }
+    }
+
+    /// Runs statements in one transaction that commits only if the lock is still ours.
+    ///
+    /// For a lease, the last statement before COMMIT is the fence: it locks the lease's row if it still has our
+    /// lock id and has not expired. An unchanged lock id proves that nobody else held the lock in between, and
+    /// the row lock keeps everybody out until the commit. Until then the heartbeat goes on, so the work may take
+    /// longer than the `ttl`, up to `max_hold`. It must not lock the lease's own row before its last statement,
+    /// or the heartbeat cannot renew it.
+    ///
+    /// For a transaction-scoped lock, the statements run in the transaction that has the lock, and its commit
+    /// ends the hold.
+    ///
+    /// # Errors
+    /// [`TransactionError`]; [`TransactionError::Lost`] when the hold is over, and then nothing was written.
+    ///
+    /// # Cancel safety
+    /// Rolled back, unless COMMIT was sent.
+    pub async fn fenced_transaction<T, E, W>(
+        &self,
+        guard: &LockGuard,
+        work: W,
+    ) -> Result<T, TransactionError<E>>
+    where
+        W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
+    {
+        self.fenced(guard, Fence::Keep, work).await
+    }
+
+    /// As [`Database::fenced_transaction`], and the commit releases the lock as well. Releasing the guard
+    /// afterwards sends nothing.
+    ///
+    /// # Errors
+    /// As [`Database::fenced_transaction`]. The lock is still held then, unless it was lost.
+    ///
+    /// # Cancel safety
+    /// Rolled back, unless COMMIT was sent.
+    pub async fn fenced_transaction_releasing<T, E, W>(
+        &self,
+        guard: &LockGuard,
+        work: W,
+    ) -> Result<T, TransactionError<E>>
+    where
+        W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
+    {
+        self.fenced(guard, Fence::Release, work).await
+    }
+
+    async fn fenced<T, E, W>(
+        &self,
+        guard: &LockGuard,
+        fence: Fence,
+        work: W,
+    ) -> Result<T, TransactionError<E>>
+    where
+        W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
+    {
+        let lock_id = guard.lock_id();
+        let hold = self.process.holds.get(lock_id).filter(|_| !guard.is_lost());
+        let Some(hold) = hold else { return Err(lost()) };
+        let pool = &self.process.pool;
+        match hold.scope {
+            Scope::Lease(lease) => {
+                let mut checkout = begin(pool).await?;
+                let value = match work(checkout.conn()).await {
+                    Ok(value) => value,
+                    Err(error) => {
+                        rollback(checkout).await;
+                        return Err(TransactionError::Work(error));
+                    }
+                };
+                let fencing = Fencing::start(&lease, &hold.control);
+                let transaction = match send_fence(checkout.conn(), &lease, lock_id, fence).await {
+                    Ok(Some(transaction)) => transaction,
+                    Ok(None) => {
+                        rollback(checkout).await;
+                        drop(fencing);
+                        self.process.holds.lose(lock_id);
+                        return Err(lost());
+                    }
+                    // An error that the work swallowed shows here: an aborted transaction takes no statement.
+                    Err(error @ StorageError::Refused(_)) => {
+                        rollback(checkout).await;
+                        return Err(TransactionError::CommitRolledBack(error.into()));
+                    }
+                    Err(error) => return Err(error.into()),
+                };
+                hold.control.pin(true);
+                finish(
+                    pool,
+                    checkout,
+                    Ending {
+                        lock_id: Some(lock_id),
+                        transaction: Some(transaction),
+                        checked: true,
+                    },
+                )
+                .await?;
+                if fence == Fence::Release {
+                    lease.set_ended();
+                    self.process.freed(guard.name());
+                }
+                Ok(value)
+            }
+            Scope::Transaction(transaction) => {
+                let Some((mut checkout, id)) = transaction.take() else {
+                    return Err(lost());
+                };
+                let result = match work(checkout.conn()).await {
+                    Ok(_) if guard.is_lost() => {
+                        rollback(checkout).await;
+                        Err(lost())
+                    }
+                    Ok(value) => {
+                        let ending = Ending::checked(Some(lock_id), Some(id));
+                        finish(pool, checkout, ending).await.map(|()| value)
+                    }
+                    Err(error) => {
+                        rollback(checkout).await;
+                        Err(TransactionError::Work(error))
+                    }
+                };
+                transaction.set_ended();
+                self.process.freed(guard.name());
+                result
+            }
+        }
+    }
+}
+
+fn lost<E>() -> TransactionError<E> {
+    metrics::counter!("leasehold_fence_refused_total").increment(1);
+    TransactionError::Lost
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fence {
+    Keep,
+    Release,
+}
+
+/// While it lives the heartbeat takes a locked or released row for our own doing.
+struct Fencing<'a> {
+    lease: &'a LeaseHold,
+    control: &'a HoldControl,
+}
+
+impl<'a> Fencing<'a> {
+    fn start(lease: &'a LeaseHold, control: &'a HoldControl) -> Self {
+        lease.set_fencing(true);
+        Self { lease, control }
+    }
+}
+
+impl Drop for Fencing<'_> {
+    fn drop(&mut self) {
+        self.control.pin(false);
+        self.lease.set_fencing(false);
+    }
+}
+
+async fn send_fence(
+    conn: &mut AsyncPgConnection,
+    lease: &LeaseHold,
+    lock_id: LockId,
+    fence: Fence,
+) -> Result<Option<String>, StorageError> {
+    let sql = match fence {
+        Fence::Keep => &lease.table.fence,
+        Fence::Release => &lease.table.fence_and_release,
+    };
+    let mut query = diesel::sql_query(sql)
+        .into_boxed::<diesel::pg::Pg>()
+        .bind::<SqlUuid, _>(lock_id.as_uuid());
+    for key in &lease.keys {
+        query = query.bind::<Text, _>(key);
+    }
+    let row: Option<FenceRow> = Prepared(query).get_result(conn).await.optional()?;
+    Ok(row.map(|row| row.transaction))
+}
+
+/// Opens a transaction on a connection that closes unless the transaction is ended.
+pub(crate) async fn begin(pool: &Pool) -> Result<Checkout, StorageError> {
+    let mut checkout = pool.checkout().await?;
+    AnsiTransactionManager::begin_transaction_sql(checkout.conn(), BEGIN).await?;
+    Ok(checkout)
+}
+
+/// Rolls back. A connection that does not answer is closed, which rolls back as well.
+pub(crate) async fn rollback(mut checkout: Checkout) {
+    match AnsiTransactionManager::rollback_transaction(checkout.conn()).await {
+        Ok(()) => checkout.settle(),
+        Err(error) => tracing::debug!(%error, "a rollback was not answered; the connection is closed"),
+    }
+}
+
+/// What is known of a transaction at its end.
+struct Ending {
+    lock_id: Option<LockId>,
+    /// Its id, if it has one: with it, its fate can be asked for.
+    transaction: Option<String>,
+    /// Whether the statement before this one proved that the transaction is not aborted.
+    checked: bool,
+}
+
+impl Ending {
+    fn checked(lock_id: Option<LockId>, transaction: Option<String>) -> Self {
+        Self {
+            lock_id,
+            transaction,
+            checked: false,
+        }
+    }
+}
+
+/// Commits, and tells the truth about it.
+///
+/// Postgres answers COMMIT of an aborted transaction with success and the tag ROLLBACK, which the driver does not
+/// show. A statement before it, in the same message, fails instead.
+async fn finish<E>(pool: &Pool, mut checkout: Checkout, ending: Ending) -> Result<(), TransactionError<E>> {
+    let commit = if ending.checked {
+        "COMMIT"
+    } else {
+        "SELECT 1; COMMIT"
+    };
+    match checkout
+        .conn()
+        .batch_execute(commit)
+        .await
+        .map_err(StorageError::from)
+    {
+        Ok(()) => {
+            leave_transaction(checkout.conn());
+            checkout.settle();
+            Ok(())
+        }
+        Err(error @ StorageError::Refused(_)) => {
+            rollback(checkout).await;
+            Err(TransactionError::CommitRolledBack(error.into()))
+        }
+        Err(error) => {
+            drop(checkout);
+            let fate = match &ending.transaction {
+                Some(transaction) => tokio::time::timeout(RESOLVE, fate(pool, transaction)).await.ok(),
+                None => None,
+            };
+            match fate {
+                Some(Fate::Committed) => Ok(()),
+                Some(Fate::RolledBack) => Err(TransactionError::CommitRolledBack(error.into())),
+                None => {
+                    metrics::counter!("leasehold_outcome_unknown_total").increment(1);
+                    Err(TransactionError::OutcomeUnknown {
+                        lock_id: ending.lock_id,
+                        source: error.into(),
+                    })
+                }
+            }
+        }
+    }
+}
+
+/// Tells diesel that the transaction is over: COMMIT went around its transaction manager.
+fn leave_transaction(conn: &mut AsyncPgConnection) {
+    use diesel::connection::{TransactionDepthChange, TransactionManagerStatus};
+    if let TransactionManagerStatus::Valid(status) =
+        AnsiTransactionManager::transaction_manager_status_mut(conn)
+    {
+        // It fails only when no transaction is open, which is what is wanted.
+        drop(status.change_transaction_depth(TransactionDepthChange::DecreaseDepth));
+    }
+}
+
+enum Fate {
+    Committed,
+    RolledBack,
+}
+
+#[derive(QueryableByName)]
+struct FateRow {
+    #[diesel(sql_type = Nullable<Text>)]
+    status: Option<String>,
+}
+
+/// Asks until the transaction has ended; the server may still be busy with it.
+async fn fate(pool: &Pool, transaction: &str) -> Fate {
+    loop {
+        let asked = pool
+            .run(async |conn| {
+                let query = diesel::sql_query("SELECT pg_xact_status($1::xid8) AS status");
+                Ok::<FateRow, StorageError>(
+                    Prepared(query.bind::<Text, _>(transaction))
+                        .get_result(conn)
+                        .await?,
+                )
+            })
+            .await;
+        match asked.as_ref().map(|row| row.status.as_deref()) {
+            Ok(Some("committed")) => return Fate::Committed,
+            Ok(Some("aborted")) => return Fate::RolledBack,
+            Ok(_) | Err(_) => tokio::time::sleep(RESOLVE_POLL).await,
+        }
+    }
+}

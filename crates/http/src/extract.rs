@@ -229,18 +229,21 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     Ok(value)
 }
 
-/// Puts the field that serde complains about where programs look for it. Serde names a missing field only in
-/// its message: "missing field `key`".
+/// Puts the field that serde complains about where programs look for it. Of a field that is missing or comes
+/// twice serde gives the path of its parent, and the name in the message alone.
 fn field_error(path: &str, message: &str, whole: &str) -> FieldError {
     let parent = if path == "." { "" } else { path };
-    let missing = message
-        .strip_prefix("missing field `")
-        .and_then(|rest| rest.strip_suffix('`'));
-    match (parent, missing) {
+    let named = |prefix| message.strip_prefix(prefix)?.strip_suffix('`');
+    let child = match (named("missing field `"), named("duplicate field `")) {
+        (Some(field), _) => Some((field, "is missing")),
+        (None, Some(field)) => Some((field, "is there more than once")),
+        (None, None) => None,
+    };
+    match (parent, child) {
         ("", None) => FieldError::new(whole, message),
         (parent, None) => FieldError::new(parent, message),
-        ("", Some(field)) => FieldError::new(field, "is missing"),
-        (parent, Some(field)) => FieldError::new(format!("{parent}.{field}"), "is missing"),
+        ("", Some((field, message))) => FieldError::new(field, message),
+        (parent, Some((field, message))) => FieldError::new(format!("{parent}.{field}"), message),
     }
 }
 

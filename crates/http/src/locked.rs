@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use axum::extract::{FromRequest, Request};
 use axum::http::request::Parts;
-use leasehold_domain::{DistributedLock, LockRequest};
+use leasehold_domain::{DistributedLock, Holder, LockRequest};
 
 use crate::prefer::preferred_wait;
-use crate::scope::{Scope, ScopedGuard};
+use crate::request_id::WholePath;
+use crate::scope::{LockScope, ScopedGuard};
 use crate::{Code, NoBody, Problem};
 
 /// What a request locks. [`Locked`] calls the methods in their order here, and stops at the first refusal: a
@@ -50,6 +51,16 @@ pub trait LockTarget<S, B = NoBody>: Sized + Send + Sync {
     }
 }
 
+/// What a request does, as others may read it while it holds its lock: `"<METHOD> <path>"`, cut to what fits into
+/// a [`Holder`]'s operation.
+pub fn operation(parts: &Parts) -> String {
+    let whole = parts.extensions.get::<WholePath>();
+    let path = whole.map_or(parts.uri.path(), |path| &*path.0);
+    let mut operation = format!("{} {path}", parts.method);
+    operation.truncate(operation.floor_char_boundary(Holder::MAX_FIELD_BYTES));
+    operation
+}
+
 /// A request that holds its lock. As the last argument of a handler it authorizes the request, reads and checks
 /// the body, and only then takes the lock that the target names; see [`LockTarget`].
 ///
@@ -79,11 +90,7 @@ where
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         let (mut parts, body) = request.into_parts();
-        let Some(scope) = Scope::of(&parts.extensions) else {
-            return Err(Problem::internal(
-                "a handler takes Locked, but the router has no LockScopeLayer",
-            ));
-        };
+        let scope = LockScope::of(&parts.extensions)?;
         let target = T::authorize(&mut parts, state).await?;
         let wait = preferred_wait(&parts.headers).map(|wait| wait.min(target.max_wait(state)));
         let body = B::from_request(Request::from_parts(parts, body), state).await?;

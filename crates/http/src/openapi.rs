@@ -1,4 +1,4 @@
-//! The parts of an OpenAPI document that every operation shares: problems, their headers and examples.
+//! The parts of an [`OpenApi`] document that every operation shares: problems, their headers and examples.
 //!
 //! The examples are made of real problems, so that they cannot drift from what is answered.
 
@@ -24,10 +24,13 @@ pub const BEARER: &str = "bearer";
 /// Adds what the shared responses refer to: the schemas of problems and the security scheme [`BEARER`].
 ///
 /// ```
-/// #[derive(utoipa::OpenApi)]
-/// #[openapi(modifiers(&leasehold_http::openapi::ProblemComponents))]
+/// use leasehold_http::openapi::ProblemComponents;
+/// use utoipa::OpenApi;
+///
+/// #[derive(OpenApi)]
+/// #[openapi(modifiers(&ProblemComponents))]
 /// struct ApiDoc;
-/// # use utoipa::OpenApi;
+///
 /// assert!(ApiDoc::openapi().components.unwrap().schemas.contains_key("Problem"));
 /// ```
 #[derive(Clone, Copy, Debug, Default)]

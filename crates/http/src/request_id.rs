@@ -69,6 +69,10 @@ impl<S: Sync> FromRequestParts<S> for RequestId {
     }
 }
 
+/// The path of a request as it arrived: nested routers see only the rest of it.
+#[derive(Clone)]
+pub(crate) struct WholePath(pub(crate) Arc<str>);
+
 /// Goes around everything else. It
 /// * takes over the client's `x-request-id` or makes one, puts it on the response, and runs the request inside a
 ///   tracing span `request` that has it;
@@ -106,9 +110,11 @@ where
 
     fn call(&mut self, mut request: Request) -> Self::Future {
         let id = RequestId::of(request.headers());
-        let path = request.uri().path().to_owned();
-        let span = tracing::info_span!("request", request_id = %id, method = %request.method(), path);
+        let path: Arc<str> = request.uri().path().into();
+        let span =
+            tracing::info_span!("request", request_id = %id, method = %request.method(), path = &*path);
         request.extensions_mut().insert(id.clone());
+        request.extensions_mut().insert(WholePath(Arc::clone(&path)));
         let answer = span.in_scope(|| self.0.call(request));
         let finished = async move {
             let mut response = finish(answer.await?, &id, &path);

@@ -11,13 +11,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::extract::Request;
+use axum::extract::{FromRequestParts, Request};
 use axum::http::Extensions;
+use axum::http::request::Parts;
 use axum::response::Response;
 use futures_util::future::BoxFuture;
 use leasehold_domain::{DistributedLock, LockGuard};
 use tower::{Layer, Service};
 
+use crate::Problem;
 use crate::prefer::{PREFERENCE_APPLIED, applied};
 
 /// How long a response waits for the release of its locks. After that the release goes on in the background.
@@ -58,7 +60,7 @@ where
     }
 
     fn call(&mut self, mut request: Request) -> Self::Future {
-        let scope = Scope::default();
+        let scope = LockScope::default();
         request.extensions_mut().insert(scope.clone());
         let answer = self.0.call(request);
         Box::pin(async move {
@@ -99,9 +101,12 @@ struct Held {
     guard: LockGuard,
 }
 
-/// The slot. The handler's part of the request has it too, but only the layer closes it.
+/// The slot of a request: what is put in here is released before the response is sent.
+///
+/// [`crate::Locked`] uses it by itself. As an extractor of its own it lets a handler take further locks under
+/// the same rule. It fails only where the [`LockScopeLayer`] is missing.
 #[derive(Clone, Default)]
-pub(crate) struct Scope(Arc<Mutex<State>>);
+pub struct LockScope(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
@@ -110,10 +115,10 @@ struct State {
     closed: bool,
 }
 
-impl Scope {
-    /// The scope of a request; `None` where the layer is missing.
-    pub(crate) fn of(extensions: &Extensions) -> Option<Self> {
-        extensions.get::<Self>().cloned()
+impl LockScope {
+    pub(crate) fn of(extensions: &Extensions) -> Result<Self, Problem> {
+        let scope = extensions.get::<Self>().cloned();
+        scope.ok_or_else(|| Problem::internal("locks are taken here, but the router has no LockScopeLayer"))
     }
 
     /// Notes that the response is to say how long the request was willing to wait.
@@ -121,8 +126,9 @@ impl Scope {
         self.state().wait = Some(wait);
     }
 
-    /// Lends a guard that comes back here.
-    pub(crate) fn lend(&self, lock: Arc<dyn DistributedLock>, guard: LockGuard) -> ScopedGuard {
+    /// Takes a guard into the scope and lends it out again. `lock` is what acquired it, and what will release
+    /// it.
+    pub fn lend(&self, lock: Arc<dyn DistributedLock>, guard: LockGuard) -> ScopedGuard {
         ScopedGuard {
             held: Some(Held { lock, guard }),
             scope: self.clone(),
@@ -154,6 +160,20 @@ impl Scope {
     }
 }
 
+impl fmt::Debug for LockScope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LockScope").finish_non_exhaustive()
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for LockScope {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        Self::of(&parts.extensions)
+    }
+}
+
 /// A [`LockGuard`] on loan from the request's scope. Dropping it gives the guard back, and the lock is released
 /// before the response is sent.
 ///
@@ -164,7 +184,7 @@ impl Scope {
 pub struct ScopedGuard {
     /// `None` only while it is dropped or taken apart.
     held: Option<Held>,
-    scope: Scope,
+    scope: LockScope,
 }
 
 impl ScopedGuard {

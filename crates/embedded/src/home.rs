@@ -40,63 +40,56 @@ impl Home {
     /// The folder for data that stays: `postgres-<major>` in `folder`, so that each major version has its own
     /// and `folder` itself is never given away.
     pub(crate) fn persistent(folder: &Path, major: u32, account: Account) -> Result<Self, Error> {
-        fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+        make_passable(folder, account)?;
         let folder = folder.canonicalize().map_err(Error::io("resolve", folder))?;
         let home = folder.join(name(major));
-        if let Some(home) = Self::open(&home, account)? {
-            return Ok(home);
+        let owner = fs::symlink_metadata(&home).map_or(account, |found| account.or_owner_of(&found));
+        if !owner.is_other() || owner.can_enter(&folder) {
+            return Self::open(&home, account);
         }
         // Typically a project below /root, which lets nobody else through.
         let elsewhere = Path::new(ROOTS_STATE).join(short_hash(folder.as_os_str()));
-        fs::create_dir_all(&elsewhere).map_err(Error::io("create", &elsewhere))?;
-        let home = elsewhere.join(name(major));
-        Self::open(&home, account)?.ok_or_else(|| unreachable(&home))
+        make_passable(&elsewhere, account)?;
+        Self::open(&elsewhere.join(name(major)), account)
     }
 
     /// A new folder that nobody else has; fails with `AlreadyExists` otherwise.
     pub(crate) fn create(path: &Path, account: Account) -> Result<Self, Error> {
         make_private(path).map_err(Error::io("create", path))?;
-        Self::open(path, account)?.ok_or_else(|| unreachable(path))
+        Self::open(path, account)
     }
 
-    /// `None`: the account cannot enter the folder.
-    fn open(path: &Path, account: Account) -> Result<Option<Self>, Error> {
-        let created = match make_private(path) {
-            Ok(()) => true,
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => false,
-            Err(e) => return Err(Error::io("create", path)(e)),
-        };
-        // Never change the owner or the mode of what we did not make, nor follow a link to it.
+    /// Never changes the owner or the mode of a folder that is not ours, nor follows a link to it.
+    fn open(path: &Path, account: Account) -> Result<Self, Error> {
+        match make_private(path) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(Error::io("create", path)(e)),
+            _ => {}
+        }
         let found = fs::symlink_metadata(path).map_err(Error::io("look at", path))?;
-        let has_lock = fs::symlink_metadata(path.join(LOCK)).is_ok_and(|m| m.is_file());
         if !found.is_dir() {
             return Err(Error::ForeignFolder(path.to_path_buf()));
         }
         let account = account.or_owner_of(&found);
         if found.uid() != account.uid && !account.is_other() {
+            let folder = path.to_path_buf();
             return Err(Error::OtherOwner {
-                folder: path.to_path_buf(),
+                folder,
                 uid: found.uid(),
             });
         }
-        if !has_lock
-            && fs::read_dir(path)
-                .map_err(Error::io("read", path))?
-                .next()
-                .is_some()
-        {
+        let file = path.join(LOCK);
+        // In this order: another process may be making the folder now, and the lock is the first it puts there.
+        let is_empty = fs::read_dir(path)
+            .map_err(Error::io("read", path))?
+            .next()
+            .is_none();
+        if !is_empty && !is_plain_file(&file) {
             return Err(Error::ForeignFolder(path.to_path_buf()));
         }
         account.give(path)?;
         fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(Error::io("restrict", path))?;
-        if account.is_other() && !account.can_enter(path) {
-            if created {
-                drop(fs::remove_dir(path));
-            }
-            return Ok(None);
-        }
-        let file = path.join(LOCK);
-        let lock = fs::OpenOptions::new()
+        let mut options = fs::OpenOptions::new();
+        let lock = options
             .create(true)
             .truncate(false)
             .read(true)
@@ -104,11 +97,11 @@ impl Home {
             .open(&file);
         let lock = lock.map_err(Error::io("open", &file))?;
         account.give(&file)?;
-        Ok(Some(Self {
+        Ok(Self {
             path: path.to_path_buf(),
             account,
             lock,
-        }))
+        })
     }
 
     /// Takes up a folder that another process left, to clean it. `None` when it is not one of ours.
@@ -116,8 +109,7 @@ impl Home {
         let found = fs::symlink_metadata(path).ok()?;
         // Root cleans up after itself and after the account, not in folders that others prepared.
         let ours = found.uid() == account.uid || (account.is_other() && found.uid() == 0);
-        let has_lock = || fs::symlink_metadata(path.join(LOCK)).is_ok_and(|m| m.is_file());
-        if !found.is_dir() || !ours || !has_lock() {
+        if !found.is_dir() || !ours || !is_plain_file(&path.join(LOCK)) {
             return None;
         }
         let lock = fs::OpenOptions::new()
@@ -240,12 +232,26 @@ fn make_private(path: &Path) -> io::Result<()> {
     fs::DirBuilder::new().mode(0o700).create(path)
 }
 
-fn unreachable(path: &Path) -> Error {
-    Error::Io {
-        action: "enter, as the user that runs Postgres,",
-        path: path.to_path_buf(),
-        source: io::ErrorKind::PermissionDenied.into(),
+/// Creates what is missing. What root creates lets others through whatever its umask says: they need to
+/// reach their own folder in it, and see nothing else.
+fn make_passable(folder: &Path, account: Account) -> Result<(), Error> {
+    if folder.is_dir() {
+        return Ok(());
     }
+    if let Some(above) = folder.parent().filter(|above| !above.as_os_str().is_empty()) {
+        make_passable(above, account)?;
+    }
+    match fs::create_dir(folder) {
+        Ok(()) if account.is_other() => fs::set_permissions(folder, fs::Permissions::from_mode(0o711))
+            .map_err(Error::io("open up", folder)),
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(Error::io("create", folder)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Not a link to one.
+fn is_plain_file(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_file())
 }
 
 /// FNV-1a: a name for a path that is the same in every build, which std's hashers do not promise.

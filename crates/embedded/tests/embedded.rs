@@ -33,6 +33,7 @@ impl Folder {
             NEXT.fetch_add(1, Ordering::Relaxed)
         );
         fs::create_dir(&name).unwrap();
+        fs::set_permissions(&name, fs::Permissions::from_mode(0o755)).unwrap(); // whatever our umask says
         Self(PathBuf::from(name))
     }
 }

@@ -654,6 +654,7 @@ fn a_normal_user_runs_the_server_as_itself_and_not_in_a_folder_of_another() {
     // This program may lie where nobody else can read it.
     let program = folder.0.join("program");
     fs::copy(env::current_exe().unwrap(), &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     let project = folder.0.join("project");
     fs::create_dir(&project).unwrap();
     let nobody = NOBODY.parse().unwrap();

@@ -10,12 +10,9 @@ use crate::{Code, FieldError, LockView, Problem};
 
 impl Problem {
     /// 409: somebody else has the lock. `code` says which kind of lock it is: [`Code::WorkspaceLocked`],
-    /// [`Code::LockHeld`].
-    pub fn contended(code: Code, contention: &Contention) -> Self {
-        let lock = contention
-            .held
-            .as_deref()
-            .map_or_else(LockView::default, LockView::from);
+    /// [`Code::LockHeld`]. The holder comes from a [`Contention`] or a [`leasehold_domain::HeldLock`].
+    pub fn contended(code: Code, holder: impl Into<LockView>) -> Self {
+        let lock = holder.into();
         let detail = match (&lock.locked_by, &lock.operation) {
             (Some(owner), Some(operation)) if !operation.is_empty() => {
                 format!("held by {owner} for {operation}")
@@ -24,6 +21,12 @@ impl Problem {
             (None, _) => "held by somebody who could not be told".to_owned(),
         };
         Self::new(code, detail).with_lock(lock)
+    }
+}
+
+impl From<&Contention> for LockView {
+    fn from(contention: &Contention) -> Self {
+        contention.held.as_deref().map_or_else(Self::default, Self::from)
     }
 }
 

@@ -76,7 +76,7 @@ impl IntoResponses for WriteProblems {
 pub struct WaitPreference {
     /// `wait=<seconds>` asks to wait for the lock instead of being refused at once (RFC 7240). The wait is
     /// bounded by the service; `Preference-Applied` in the answer says how long it would have been at most.
-    #[param(rename = "Prefer", example = "wait=10")]
+    #[param(rename = "Prefer", value_type = String, required = false, example = "wait=10")]
     prefer: Option<String>,
 }
 
@@ -152,17 +152,18 @@ fn statuses(code: Code) -> Vec<StatusCode> {
 
 /// Examples where the body says more than the schema: the conflicts, and a rule that was broken.
 fn examples(status: StatusCode) -> Vec<(Code, Value)> {
+    let at = |micros| DateTime::from_timestamp_micros(micros);
     let lock = LockView {
         lock_id: Some(Uuid::from_u128(0x6f1d_5f0e_3c1b_4e0a_9a53_5b7d_2f0c_8e11)),
         operation: Some("POST /v1/tenants/acme/workspaces/main/default-config/batch".to_owned()),
         locked_by: Some("alice@example.com".to_owned()),
-        acquired_at: DateTime::from_timestamp_micros(1_935_667_020_123_456).map(Timestamp),
-        expires_at: DateTime::from_timestamp_micros(1_935_667_030_123_456).map(Timestamp),
+        acquired_at: at(1_935_667_020_123_456).map(Timestamp),
+        expires_at: at(1_935_667_030_123_456).map(Timestamp),
         fencing_token: Some(1_099_511_627_818),
     };
     let problems = match status {
         StatusCode::CONFLICT => vec![
-            Problem::new(Code::WorkspaceLocked, "held by alice@example.com").with_lock(lock),
+            Problem::contended(Code::WorkspaceLocked, lock),
             Problem::new(Code::TenantWriteConflict, "the tenant's data is being removed")
                 .with_reason(Reason::PurgeInProgress),
             Problem::lock_lost(),

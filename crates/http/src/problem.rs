@@ -37,7 +37,8 @@ struct Inner {
     cause: Option<Cause>,
 }
 
-/// What a [`Problem`] looks like on the wire.
+/// A refusal or a failure (RFC 9457).
+// What `Problem` looks like on the wire; the text above is for the readers of the API's document.
 #[derive(Clone, Debug, PartialEq, Serialize, ToSchema)]
 #[schema(as = Problem)]
 pub struct ProblemBody {
@@ -51,22 +52,27 @@ pub struct ProblemBody {
     /// What went wrong this time.
     pub detail: String,
     /// The path of the request.
+    #[schema(required, value_type = String)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub instance: Option<String>,
     /// The kind of problem, for programs.
     pub code: Code,
     /// The id under which the service's log knows the request.
+    #[schema(required, value_type = String)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub request_id: Option<String>,
     /// Whether the same request may succeed later without being changed.
     pub retryable: bool,
     /// How long to stay away, in milliseconds; `Retry-After` is the same in whole seconds, rounded up.
+    #[schema(nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
     /// The lock that is in the way, or was lost.
+    #[schema(nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lock: Option<LockView>,
     /// Which of the situations that share the code it is.
+    #[schema(nullable = false)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
     /// The fields that are wrong.

@@ -119,6 +119,9 @@ pub(crate) fn wait_ready(home: &Home, server: &mut Child) -> Result<(), Error> {
 
 /// Ends our own server, and returns when it has ended. Data that nobody keeps is not written out first.
 pub(crate) fn stop(home: &Home, binaries: &Binaries, mut server: Child, keep_data: bool) {
+    if matches!(server.try_wait(), Ok(Some(_))) {
+        return; // what its file says about it is no longer true
+    }
     // A stopped backend can hold up the first; the second kills it after 5 s.
     let modes: &[&str] = if keep_data {
         &["fast", "immediate"]

@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use tokio_postgres::config::{Host, SslMode};
-use tokio_postgres::{Client, Config, Connection, Socket};
+use tokio_postgres::{Client, Config, Connection, SimpleQueryMessage, SimpleQueryRow, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::tls::{self, TlsMode};
@@ -121,6 +121,14 @@ impl ConnectOptions {
         }
         Ok((client, driver))
     }
+
+    /// As [`open`](Self::open), with the driver in a task of its own, which ends when the client is dropped.
+    pub(crate) async fn open_spawned(&self) -> Result<Client, tokio_postgres::Error> {
+        let (client, driver) = self.open().await?;
+        // An error of the driver is told to the statement that met it.
+        tokio::spawn(async move { driver.await.ok() });
+        Ok(client)
+    }
 }
 
 /// Both statements travel together.
@@ -133,6 +141,24 @@ async fn set_up(client: &Client) -> Result<(), tokio_postgres::Error> {
         Err(error) if error.as_db_error().is_none() => Err(error),
         _ => isolation,
     }
+}
+
+/// The rows of one statement in the simple protocol, which every pooler passes on. NULL is the empty text.
+pub(crate) async fn simple_rows(
+    client: &Client,
+    sql: &str,
+) -> Result<Vec<Vec<String>>, tokio_postgres::Error> {
+    let messages = client.simple_query(sql).await?;
+    let rows = messages.into_iter().filter_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row),
+        _ => None,
+    });
+    let texts = |row: SimpleQueryRow| {
+        (0..row.len())
+            .map(|index| row.get(index).unwrap_or_default().to_owned())
+            .collect()
+    };
+    Ok(rows.map(texts).collect())
 }
 
 fn default_tls(config: &Config) -> TlsMode {

@@ -34,7 +34,7 @@ impl Database {
     /// # Cancel safety
     /// Nothing is left behind.
     pub async fn connect(options: ConnectOptions, pool_size: u32) -> Result<Self, StartupError> {
-        let findings = startup::check(&options).await?;
+        let findings = startup::check(&options, pool_size).await?;
         let process = Process::start(options, pool_size, findings).map_err(StartupError::Thread)?;
         Ok(Self {
             process: Arc::new(process),

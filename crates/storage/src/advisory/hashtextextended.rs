@@ -89,7 +89,7 @@ fn words(block: &[u8; 12]) -> [u32; 3] {
 mod tests {
     use super::hashtextextended;
 
-    /// Answers of PostgreSQL 15.18. The lengths reach every place of the last block.
+    /// Answers of Postgres 15.18. The lengths reach every place of the last block.
     #[test]
     fn golden_values() {
         let cases = [

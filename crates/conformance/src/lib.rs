@@ -159,3 +159,33 @@ macro_rules! lock_conformance {
         )*
     };
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::fs;
+    use std::path::Path;
+
+    /// A clause that the macro does not list would be run by nobody.
+    #[test]
+    fn every_clause_is_listed() {
+        let listed = include_str!("lib.rs")
+            .split_once("@tests $provider;\n")
+            .and_then(|(_, rest)| rest.split_once('}'))
+            .map(|(list, _)| {
+                list.split_whitespace()
+                    .map(str::to_owned)
+                    .collect::<BTreeSet<_>>()
+            })
+            .unwrap();
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/clauses");
+        let mut written = BTreeSet::new();
+        for file in fs::read_dir(folder).unwrap() {
+            let source = fs::read_to_string(file.unwrap().path()).unwrap();
+            for rest in source.split("\npub async fn ").skip(1) {
+                written.insert(rest.split(['<', '(']).next().unwrap().to_owned());
+            }
+        }
+        assert_eq!(listed, written);
+    }
+}

@@ -1,3 +1,6 @@
 //! The crate from outside, in one binary.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
+
+mod extras;
 mod memory_lock;

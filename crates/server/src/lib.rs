@@ -1,1 +1,26 @@
-//! The reference service.
+//! The reference service: a configuration API whose every write of a workspace happens under a lock.
+//!
+//! `leasehold serve` runs it. As a library it gives the same service to tests and benchmarks, in process:
+//! [`schema::migrations`], [`AppState::new`], [`app::router`].
+
+pub mod app;
+pub mod auth;
+pub mod cli;
+pub mod config;
+pub mod contexts;
+pub mod default_config;
+mod demo;
+mod failure;
+pub mod mode;
+pub mod names;
+pub mod paging;
+pub mod schema;
+mod service;
+mod state;
+mod telemetry;
+pub mod tenants;
+pub mod versions;
+pub mod waiters;
+pub mod workspaces;
+
+pub use state::{AppState, Settings, instance, workspace_lock_name};

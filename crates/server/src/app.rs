@@ -1,0 +1,99 @@
+//! Every route in one place, and the document that describes them.
+
+use axum::Router;
+use axum::routing::get;
+use leasehold_http::openapi::ProblemComponents;
+use leasehold_http::{LockScopeLayer, RequestIdLayer, on_panic};
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::OpenApi;
+use utoipa::openapi::OpenApi as Document;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use utoipa_swagger_ui::SwaggerUi;
+
+use crate::state::AppState;
+use crate::{contexts, default_config, service, tenants, versions, workspaces};
+
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Leasehold",
+        description = "A configuration service in which every write of a workspace is serialised by a lock, every \
+                       refused client learns who holds it, and every write makes exactly one version.",
+        license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
+    ),
+    modifiers(&ProblemComponents),
+    security(("bearer" = [])),
+    tags(
+        (name = "tenants", description = "They own everything else"),
+        (name = "workspaces", description = "What is locked"),
+        (name = "default-config", description = "Keys with values"),
+        (name = "contexts", description = "What overrides the default values"),
+        (name = "config", description = "What comes out: never locked"),
+        (name = "versions", description = "What was written, and the way back"),
+        (name = "service", description = "What the service says of itself: no credentials needed"),
+    ),
+)]
+struct ApiDoc;
+
+fn routes() -> OpenApiRouter<AppState> {
+    OpenApiRouter::with_openapi(ApiDoc::openapi())
+        .routes(routes!(tenants::routes::list, tenants::routes::create))
+        .routes(routes!(tenants::routes::get, tenants::routes::delete))
+        .routes(routes!(workspaces::routes::list, workspaces::routes::create))
+        .routes(routes!(
+            workspaces::routes::get,
+            workspaces::routes::patch,
+            workspaces::routes::delete
+        ))
+        .routes(routes!(
+            workspaces::routes::get_lock,
+            workspaces::routes::force_release
+        ))
+        .routes(routes!(default_config::routes::list))
+        .routes(routes!(default_config::routes::apply_batch))
+        // A key may be called `batch` too; as a resource it is the one with the other methods.
+        .route(
+            "/v1/tenants/{tenant}/workspaces/{workspace}/default-config/batch",
+            get(default_config::routes::get)
+                .put(default_config::routes::put)
+                .delete(default_config::routes::delete),
+        )
+        .routes(routes!(
+            default_config::routes::get,
+            default_config::routes::put,
+            default_config::routes::delete
+        ))
+        .routes(routes!(contexts::routes::list, contexts::routes::create))
+        .routes(routes!(contexts::routes::put, contexts::routes::delete))
+        .routes(routes!(contexts::routes::config))
+        .routes(routes!(contexts::routes::resolve_for))
+        .routes(routes!(versions::routes::list))
+        .routes(routes!(versions::routes::get))
+        .routes(routes!(versions::routes::restore))
+        .routes(routes!(service::health))
+        .routes(routes!(service::ready))
+        .routes(routes!(service::problem))
+}
+
+/// The document that describes the API: what `/openapi.json` answers.
+pub fn openapi() -> Document {
+    routes().into_openapi()
+}
+
+/// The service, ready to be served.
+///
+/// The layers from the outside in: ids and problems, the release of locks before the response leaves, panics. So a
+/// panic's answer too is sent after the release, and is a problem with an id.
+pub fn router(state: AppState) -> Router {
+    let (api, document) = routes().split_for_parts();
+    let ui = SwaggerUi::new("/docs")
+        .url("/openapi.json", document)
+        // It would ask a server elsewhere whether the document is valid.
+        .config(utoipa_swagger_ui::Config::from("/openapi.json").validator_url("none"));
+    api.with_state(state)
+        .merge(ui)
+        .layer(CatchPanicLayer::custom(on_panic))
+        .layer(LockScopeLayer)
+        .layer(RequestIdLayer)
+}

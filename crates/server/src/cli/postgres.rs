@@ -1,0 +1,71 @@
+//! Which database a command works on: the configured one, or the private one of the project.
+
+use std::path::{Path, PathBuf};
+
+use leasehold_embedded::Cluster;
+use leasehold_storage::{ConnectOptions, Database};
+use tokio::runtime::{Builder, Runtime};
+
+use crate::cli::Failed;
+use crate::config::DatabaseConfig;
+use crate::state::instance;
+
+/// Holds the private data of a project, beside its `.git`.
+const FOLDER: &str = ".leasehold";
+
+/// A database to work on. A private server runs as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Postgres {
+    // Dropped after the runtime, so that nothing that uses the server outlives it.
+    pub(crate) runtime: Runtime,
+    pub(crate) options: ConnectOptions,
+    private: Option<Cluster>,
+}
+
+impl Postgres {
+    /// Finds the configured database, or starts the private one. Blocks until it is there.
+    pub(crate) fn find(config: &DatabaseConfig) -> Result<Self, Failed> {
+        let private = match &config.database_url {
+            Some(_) => None,
+            None => {
+                let folder = project_folder(&std::env::current_dir()?).join(FOLDER);
+                let cluster = Cluster::persistent(folder).start()?;
+                tracing::info!(
+                    folder = %cluster.home().display(), attached = cluster.is_attached(), "a private Postgres runs"
+                );
+                Some(cluster)
+            }
+        };
+        let url = match (&config.database_url, &private) {
+            (Some(url), _) => url.clone(),
+            (None, Some(cluster)) => cluster.url("postgres"),
+            (None, None) => String::new(),
+        };
+        // Postgres keeps 63 bytes of it.
+        let mut name = format!("leasehold {}", instance());
+        name.truncate(name.floor_char_boundary(63));
+        let options = config.options(&url)?.with_application_name(&name);
+        let runtime = Builder::new_multi_thread().enable_all().build()?;
+        Ok(Self {
+            runtime,
+            options,
+            private,
+        })
+    }
+
+    /// Whether it is the project's own.
+    pub(crate) fn is_private(&self) -> bool {
+        self.private.is_some()
+    }
+}
+
+/// Connects for a command that does little and ends.
+pub(crate) async fn connect_briefly(options: &ConnectOptions) -> Result<Database, Failed> {
+    Ok(Database::connect(options.clone(), 2).await?)
+}
+
+/// The folder with `.git` that the current one is in, or the current one where there is none.
+fn project_folder(current: &Path) -> PathBuf {
+    let project = current.ancestors().find(|folder| folder.join(".git").exists());
+    project.unwrap_or(current).to_path_buf()
+}

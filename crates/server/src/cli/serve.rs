@@ -1,0 +1,241 @@
+//! `leasehold serve`: from nothing to a service, and back without losing anything.
+
+use std::future::IntoFuture;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use leasehold_domain::LockGuard;
+use leasehold_storage::Database;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::cli::postgres::Postgres;
+use crate::cli::{Failed, print};
+use crate::config::{ServeConfig, WorkspaceLockMode};
+use crate::state::{AppState, Settings};
+use crate::{app, demo, mode, schema, telemetry};
+
+/// How often unused rows of lock names are looked for.
+const RETENTION_PERIOD: Duration = Duration::from_secs(60 * 60);
+/// How long the background work of the locks may take to end, after the requests have.
+const SHUTDOWN: Duration = Duration::from_secs(5);
+
+pub(crate) fn run(config: &ServeConfig) -> Result<(), Failed> {
+    telemetry::start(&config.log);
+    // The private server starts before the runtime and ends after it.
+    let postgres = Postgres::find(&config.database)?;
+    postgres.runtime.block_on(serve(config, &postgres))
+}
+
+async fn serve(config: &ServeConfig, postgres: &Postgres) -> Result<(), Failed> {
+    let stop = Stop::on_signals()?;
+    let listener = TcpListener::bind(config.listen_addr).await.map_err(|error| {
+        format!(
+            "LISTEN_ADDR is {}, which cannot be listened on: {error}",
+            config.listen_addr
+        )
+    })?;
+    let address = listener.local_addr()?;
+
+    prepare_schema(config, postgres).await?;
+    let db = Database::connect(
+        postgres.options.clone(),
+        u32::try_from(config.database_pool_size)?,
+    )
+    .await?;
+    let served = serve_on(config, postgres, &db, listener, address, &stop).await;
+    db.shutdown(SHUTDOWN).await;
+    served
+}
+
+async fn prepare_schema(config: &ServeConfig, postgres: &Postgres) -> Result<(), Failed> {
+    let migrations = schema::migrations();
+    if config.migrate || postgres.is_private() {
+        migrations.run(&postgres.options).await?;
+        return Ok(());
+    }
+    let status = migrations.status(&postgres.options).await?;
+    if !status.pending.is_empty() {
+        let missing = status.pending.join(", ");
+        return Err(format!(
+            "the schema of the database is not current (missing: {missing}): run `leasehold migrate`, or pass --migrate"
+        )
+        .into());
+    }
+    if !status.newer.is_empty() {
+        tracing::info!(newer = ?status.newer, "the schema is newer than this program, which works with it");
+    }
+    Ok(())
+}
+
+async fn serve_on(
+    config: &ServeConfig,
+    postgres: &Postgres,
+    db: &Database,
+    listener: TcpListener,
+    address: SocketAddr,
+    stop: &Arc<Stop>,
+) -> Result<(), Failed> {
+    let settings = Settings::new(config, address);
+    let alive = mode::enter(db, &settings.instance).await?;
+    mode::agree(db, settings.lock_mode).await?;
+    let state = AppState::new(db.clone(), settings)?;
+
+    let mut tasks = vec![tokio::spawn(remove_unused_leases(
+        db.clone(),
+        config.lease_retention(),
+    ))];
+    if let Some(alive) = alive {
+        let mode = state.settings().lock_mode;
+        tasks.push(tokio::spawn(stay_alive(
+            db.clone(),
+            state.settings().instance.clone(),
+            mode,
+            alive,
+            stop.clone(),
+        )));
+    }
+    if postgres.is_private() {
+        db.read(async |conn| demo::set_up(conn).await).await?;
+        tasks.push(tokio::spawn(demo::hold(state.clone(), stop.watch())));
+        print(&demo::welcome(
+            &format!("http://{address}"),
+            state.settings().on_loopback,
+        ))?;
+    } else {
+        print(&format!("Leasehold listens on http://{address}\n"))?;
+    }
+    tracing::info!(%address, lock_mode = state.settings().lock_mode.as_str(), "serving");
+
+    let served = until_stopped(config, listener, state, stop).await;
+    stop.now();
+    end(tasks).await;
+    served
+}
+
+/// Serves until it is time to stop, and then until what was begun has ended or the grace is over.
+async fn until_stopped(
+    config: &ServeConfig,
+    listener: TcpListener,
+    state: AppState,
+    stop: &Arc<Stop>,
+) -> Result<(), Failed> {
+    let grace = config.shutdown_grace();
+    let draining = {
+        let (state, stop) = (state.clone(), stop.clone());
+        async move {
+            stop.wait().await;
+            state.drain();
+            tracing::info!(
+                ?grace,
+                "stopping: no new requests are taken, running ones may end"
+            );
+        }
+    };
+    let server = axum::serve(listener, app::router(state))
+        .with_graceful_shutdown(draining)
+        .into_future();
+    let too_late = async {
+        stop.wait().await;
+        tokio::time::sleep(grace).await;
+    };
+    tokio::select! {
+        ended = server => ended?,
+        () = too_late => tracing::warn!("requests that did not end within SHUTDOWN_GRACE_SECONDS are cut off"),
+    }
+    Ok(())
+}
+
+/// Ends background tasks: those that listen for the stop by themselves, the others at once.
+async fn end(tasks: Vec<JoinHandle<()>>) {
+    for mut task in tasks {
+        if tokio::time::timeout(Duration::from_millis(500), &mut task)
+            .await
+            .is_err()
+        {
+            task.abort();
+        }
+    }
+}
+
+/// Keeps telling the others that this instance lives. When the connection that told it has broken, the others may
+/// have agreed on something else meanwhile: then this instance stops.
+async fn stay_alive(
+    db: Database,
+    instance: String,
+    mode: WorkspaceLockMode,
+    mut alive: LockGuard,
+    stop: Arc<Stop>,
+) {
+    let mut stopped = stop.watch();
+    loop {
+        tokio::select! {
+            () = alive.lost() => {}
+            _ = stopped.wait_for(|stop| *stop) => return,
+        }
+        alive = loop {
+            match mode::enter(&db, &instance).await {
+                Ok(Some(guard)) => break guard,
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "the others cannot be told that this instance lives; trying again");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        };
+        if let Err(error @ mode::ModeError::Disagree { .. }) = mode::agree(&db, mode).await {
+            tracing::error!(%error, "stopping");
+            stop.now();
+            return;
+        }
+    }
+}
+
+async fn remove_unused_leases(db: Database, retention: Duration) {
+    let mut period = tokio::time::interval(RETENTION_PERIOD);
+    period.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        period.tick().await;
+        match db.leases().remove_unused(retention).await {
+            Ok(removed) => tracing::debug!(removed, "rows of unused lock names were removed"),
+            Err(error) => tracing::warn!(%error, "rows of unused lock names could not be removed"),
+        }
+    }
+}
+
+/// Whether it is time to stop.
+#[derive(Debug)]
+struct Stop(watch::Sender<bool>);
+
+impl Stop {
+    /// Listens for SIGINT and SIGTERM from now on.
+    fn on_signals() -> std::io::Result<Arc<Self>> {
+        let stop = Arc::new(Self(watch::Sender::new(false)));
+        for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
+            let mut signals = signal(kind)?;
+            let stop = stop.clone();
+            tokio::spawn(async move {
+                if signals.recv().await.is_some() {
+                    stop.now();
+                }
+            });
+        }
+        Ok(stop)
+    }
+
+    fn now(&self) {
+        self.0.send_replace(true);
+    }
+
+    fn watch(&self) -> watch::Receiver<bool> {
+        self.0.subscribe()
+    }
+
+    async fn wait(&self) {
+        // The sender is `self`.
+        drop(self.watch().wait_for(|stop| *stop).await);
+    }
+}

@@ -1,0 +1,100 @@
+//! What the first look finds: a tenant with a workspace to write to, one that somebody else holds, and a key.
+
+use std::time::Duration;
+
+use diesel::QueryResult;
+use diesel_async::{AsyncPgConnection, SimpleAsyncConnection};
+use leasehold_domain::{AcquireError, Holder, LockRequest};
+use tokio::sync::watch;
+
+use crate::auth::{self, NewCredential, Role};
+use crate::state::{AppState, workspace_lock_name};
+
+/// Known to everybody, and so accepted only by a service that nobody else can reach.
+pub(crate) const KEY: &str = "lh_demo_key_that_works_on_loopback_only";
+
+const TENANT: &str = "demo";
+const HELD: &str = "held";
+
+const SETUP: &str = "
+    INSERT INTO tenants (id, name) VALUES ('demo', 'A tenant to try things with') ON CONFLICT DO NOTHING;
+    INSERT INTO workspaces (tenant_id, name, description) VALUES
+        ('demo', 'main', 'Nobody holds it: write to it'),
+        ('demo', 'held', 'The service itself holds it: writes are refused')
+    ON CONFLICT DO NOTHING;";
+
+/// Makes what is missing of it.
+pub(crate) async fn set_up(conn: &mut AsyncPgConnection) -> QueryResult<()> {
+    conn.batch_execute(SETUP).await?;
+    let credential = NewCredential {
+        subject: "demo-visitor".to_owned(),
+        role: Role::Admin,
+        tenant: None,
+        expires_in_seconds: None,
+        only_on_loopback: true,
+    };
+    auth::store(conn, KEY, &credential).await
+}
+
+/// Holds the workspace until `stop` says true.
+pub(crate) async fn hold(state: AppState, mut stop: watch::Receiver<bool>) {
+    const PAUSE: Duration = Duration::from_secs(1);
+    let Ok(name) = workspace_lock_name(TENANT, HELD) else {
+        return;
+    };
+    let holder = Holder::new("demo", "demo: a long edit").with_instance(&state.settings().instance);
+    let request = LockRequest::new(name, holder)
+        .with_ttl(state.settings().lease)
+        .with_max_hold(Duration::from_secs(24 * 60 * 60));
+    let locks = state.locks();
+    let holding = async {
+        loop {
+            match locks.acquire(&request, Duration::from_secs(60)).await {
+                // Until an operator takes it away, or a day has passed.
+                Ok(guard) => {
+                    guard.lost().await;
+                    tracing::info!("the demo's lock was lost; it will be taken again");
+                    tokio::time::sleep(PAUSE).await;
+                }
+                Err(AcquireError::TimedOut { .. }) => {}
+                Err(error) => {
+                    tracing::debug!(%error, "the demo's lock could not be taken");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+    };
+    // Dropping the guard releases the lock.
+    tokio::select! {
+        () = holding => {}
+        _ = stop.wait_for(|stop| *stop) => {}
+    }
+}
+
+/// What to paste.
+pub(crate) fn welcome(address: &str, accepted: bool) -> String {
+    if !accepted {
+        return format!(
+            "\nLeasehold listens on {address}\n\
+             \n\
+             The key of the demo works on loopback addresses only. Make one: leasehold keys create --subject me \
+             --role admin\n\n"
+        );
+    }
+    let put = |workspace: &str| {
+        format!(
+            "  curl -X PUT {address}/v1/tenants/{TENANT}/workspaces/{workspace}/default-config/color \\\n    \
+             -H 'Authorization: Bearer {KEY}' -H 'Content-Type: application/json' -d '{{\"value\": \"blue\"}}'\n"
+        )
+    };
+    format!(
+        "\nLeasehold listens on {address} (the API: {address}/docs)\n\
+         The key of the demo is {KEY}\n\
+         \n\
+         A write, which makes a version:\n\n{}\n\
+         A write that is refused, because somebody else holds the workspace (409, with the holder):\n\n{}\n\
+         Ctrl-C stops the service and its database. The data stays in .leasehold.\n\n",
+        put("main"),
+        put(HELD),
+    )
+}

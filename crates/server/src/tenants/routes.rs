@@ -1,0 +1,111 @@
+//! The routes of tenants.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use leasehold_http::openapi::{ReadProblems, WriteProblems};
+use leasehold_http::{ApiJson, ApiQuery, Code, FieldError, Problem};
+
+use crate::auth::{Access, NoTenant, Operate};
+use crate::failure;
+use crate::paging::{Page, PageQuery};
+use crate::state::AppState;
+use crate::tenants::model::{NewTenant, Tenant, TenantPath};
+use crate::tenants::store::{self, Deleted};
+
+fn no_tenant() -> Problem {
+    Problem::not_found("there is no such tenant")
+}
+
+/// List the tenants
+///
+/// Oldest first. A key of one tenant sees that one only.
+#[utoipa::path(
+    get, path = "/v1/tenants", tag = "tenants", operation_id = "list_tenants",
+    params(PageQuery),
+    responses((status = 200, description = "A page of tenants", body = Page<Tenant>), ReadProblems),
+)]
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    access: Access<NoTenant>,
+    ApiQuery(query): ApiQuery<PageQuery>,
+) -> Result<Json<Page<Tenant>>, Problem> {
+    let only = access.caller.tenant.as_deref();
+    let rows = state
+        .db()
+        .read(async |conn| Ok(store::list(conn, only, query.after(), query.rows()).await?))
+        .await;
+    let rows = rows.map_err(failure::of_work)?;
+    Ok(Json(query.page(rows, |row| row.seq, Tenant::from)))
+}
+
+/// Make a tenant
+///
+/// Needs an admin's key for all tenants.
+#[utoipa::path(
+    post, path = "/v1/tenants", tag = "tenants", operation_id = "create_tenant",
+    request_body = NewTenant,
+    responses((status = 201, description = "The new tenant", body = Tenant), WriteProblems),
+)]
+pub(crate) async fn create(
+    State(state): State<AppState>,
+    _: Access<NoTenant, Operate>,
+    ApiJson(new): ApiJson<NewTenant>,
+) -> Result<(StatusCode, Json<Tenant>), Problem> {
+    let made = state
+        .db()
+        .transaction(async |conn| Ok(store::create(conn, &new).await?))
+        .await;
+    match made.map_err(failure::of_transaction)? {
+        Some(tenant) => Ok((StatusCode::CREATED, Json(tenant))),
+        None => Err(Problem::new(
+            Code::AlreadyExists,
+            "there is a tenant with that id",
+        )),
+    }
+}
+
+/// Get a tenant
+#[utoipa::path(
+    get, path = "/v1/tenants/{tenant}", tag = "tenants", operation_id = "get_tenant",
+    params(TenantPath),
+    responses((status = 200, description = "The tenant", body = Tenant), ReadProblems),
+)]
+pub(crate) async fn get(
+    State(state): State<AppState>,
+    access: Access<TenantPath>,
+) -> Result<Json<Tenant>, Problem> {
+    let id = access.path.tenant.as_str();
+    let found = state
+        .db()
+        .read(async |conn| Ok(store::get(conn, id).await?))
+        .await;
+    found.map_err(failure::of_work)?.map(Json).ok_or_else(no_tenant)
+}
+
+/// Delete a tenant
+///
+/// Only one that owns nothing; its keys go with it. Needs an admin's key for all tenants.
+#[utoipa::path(
+    delete, path = "/v1/tenants/{tenant}", tag = "tenants", operation_id = "delete_tenant",
+    params(TenantPath),
+    responses((status = 204, description = "It is gone"), WriteProblems),
+)]
+pub(crate) async fn delete(
+    State(state): State<AppState>,
+    access: Access<TenantPath, Operate>,
+) -> Result<StatusCode, Problem> {
+    let id = access.path.tenant.as_str();
+    let deleted = state
+        .db()
+        .read(async |conn| Ok(store::delete(conn, id).await?))
+        .await;
+    match deleted.map_err(failure::of_work)? {
+        Deleted::Done => Ok(StatusCode::NO_CONTENT),
+        Deleted::OwnsSomething => Err(Problem::invalid([FieldError::new(
+            "tenant",
+            "owns workspaces: delete them first",
+        )])),
+        Deleted::NoSuchTenant => Err(no_tenant()),
+    }
+}

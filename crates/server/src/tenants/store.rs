@@ -1,0 +1,95 @@
+//! The statements on tenants.
+
+use chrono::{DateTime, Utc};
+use diesel::prelude::*;
+use diesel::result::{DatabaseErrorKind, Error};
+use diesel::sql_types::{BigInt, Nullable, Text, Timestamptz};
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use leasehold_http::Timestamp;
+use leasehold_storage::Prepared;
+
+use crate::tenants::model::{NewTenant, Tenant};
+
+#[derive(QueryableByName)]
+pub(crate) struct TenantRow {
+    #[diesel(sql_type = Text)]
+    id: String,
+    #[diesel(sql_type = Nullable<Text>)]
+    name: Option<String>,
+    #[diesel(sql_type = Timestamptz)]
+    created_at: DateTime<Utc>,
+    #[diesel(sql_type = BigInt)]
+    pub(crate) seq: i64,
+}
+
+impl From<TenantRow> for Tenant {
+    fn from(row: TenantRow) -> Self {
+        Self {
+            id: row.id,
+            name: row.name,
+            created_at: Timestamp(row.created_at),
+        }
+    }
+}
+
+const CREATE: &str = "
+    INSERT INTO tenants (id, name) VALUES ($1, $2) ON CONFLICT (id) DO NOTHING
+    RETURNING id, name, created_at, seq";
+
+/// Makes a tenant; `None` when there is one of that id.
+pub(crate) async fn create(conn: &mut AsyncPgConnection, new: &NewTenant) -> QueryResult<Option<Tenant>> {
+    let create = diesel::sql_query(CREATE)
+        .bind::<Text, _>(new.id.as_str())
+        .bind::<Nullable<Text>, _>(&new.name);
+    let row: Option<TenantRow> = Prepared(create).get_result(conn).await.optional()?;
+    Ok(row.map(Tenant::from))
+}
+
+const LIST: &str = "
+    SELECT id, name, created_at, seq FROM tenants
+    WHERE seq > $1 AND ($2 IS NULL OR id = $2) ORDER BY seq LIMIT $3";
+
+/// A page of all tenants, or of the only one that the caller may see.
+pub(crate) async fn list(
+    conn: &mut AsyncPgConnection,
+    only: Option<&str>,
+    after: i64,
+    rows: i64,
+) -> QueryResult<Vec<TenantRow>> {
+    let list = diesel::sql_query(LIST)
+        .bind::<BigInt, _>(after)
+        .bind::<Nullable<Text>, _>(only)
+        .bind::<BigInt, _>(rows);
+    Prepared(list).load(conn).await
+}
+
+const GET: &str = "SELECT id, name, created_at, seq FROM tenants WHERE id = $1";
+
+/// One tenant.
+pub(crate) async fn get(conn: &mut AsyncPgConnection, id: &str) -> QueryResult<Option<Tenant>> {
+    let get = diesel::sql_query(GET).bind::<Text, _>(id);
+    let row: Option<TenantRow> = Prepared(get).get_result(conn).await.optional()?;
+    Ok(row.map(Tenant::from))
+}
+
+/// What became of a tenant that was to be deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Deleted {
+    Done,
+    OwnsSomething,
+    NoSuchTenant,
+}
+
+const DELETE: &str = "DELETE FROM tenants WHERE id = $1";
+
+/// Deletes a tenant and its keys, if it owns nothing else: the foreign keys of what it owns say no, also to what is
+/// made at the same moment.
+pub(crate) async fn delete(conn: &mut AsyncPgConnection, id: &str) -> QueryResult<Deleted> {
+    let delete = diesel::sql_query(DELETE).bind::<Text, _>(id);
+    match Prepared(delete).execute(conn).await {
+        Ok(0) => Ok(Deleted::NoSuchTenant),
+        Ok(_) => Ok(Deleted::Done),
+        Err(Error::DatabaseError(DatabaseErrorKind::ForeignKeyViolation, _)) => Ok(Deleted::OwnsSomething),
+        Err(error) => Err(error),
+    }
+}

@@ -29,7 +29,7 @@ fn name() -> LockName {
 /// A hold of which a backend knows everything, also what only operators may see.
 fn contention() -> Contention {
     let session = HolderSession {
-        backend_pid: 4242,
+        backend_pid: 1_481_516_234,
         application_name: Some("psql-console".to_owned()),
         client_address: Some("db-7.internal".to_owned()),
     };

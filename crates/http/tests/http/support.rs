@@ -65,18 +65,19 @@ struct Inner {
 
 const FREEING: Duration = Duration::from_millis(2);
 
-/// What an operator's message may contain and a client must never see.
+/// What an operator's message may contain and a client must never see. None of it is short enough to turn up in a
+/// random id.
 pub(crate) const SECRETS: [&str; 5] = [
     "db-7.internal",
     "hunter2",
     "pg_try_advisory",
-    "4242",
+    "1481516234",
     "psql-console",
 ];
 
 pub(crate) fn unavailable() -> Unavailable {
     let source = std::io::Error::other("SELECT pg_try_advisory_lock(1) as hunter2");
-    Unavailable::because("db-7.internal refused the connection, pid 4242", source)
+    Unavailable::because("db-7.internal refused the connection, pid 1481516234", source)
 }
 
 impl CountingLock {

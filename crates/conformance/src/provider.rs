@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use leasehold_domain::{DistributedLock, LockName};
+use leasehold_domain::{DistributedLock, Holder, LockName};
 use tokio::process::Command;
 
 /// What bounds the life of a hold.
@@ -68,6 +68,11 @@ pub trait Provider {
     /// holds live in one process, as [`Abilities::processes`] says.
     fn holder_process(&self) -> Option<Command> {
         None
+    }
+
+    /// What the backend tells others of a holder, where it has no room for all of it.
+    fn told(&self, holder: &Holder) -> Holder {
+        holder.clone()
     }
 
     /// A lock whose backend cannot be reached, or was never there. `None` where there is nothing to reach.

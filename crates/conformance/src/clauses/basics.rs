@@ -158,7 +158,7 @@ pub async fn contention_names_the_holder<P: Provider>(provider: &P) {
             assert_eq!(held.name, name);
             assert_eq!(held.mode, LockMode::Exclusive);
             if same_process || is_lease(provider) {
-                assert_eq!(held.holder.as_ref(), Some(&holder));
+                assert_eq!(held.holder, Some(provider.told(&holder)));
                 assert_eq!(held.lock_id, Some(guard.lock_id()));
                 assert_eq!(held.acquired_at, Some(guard.acquired_at()));
                 assert_eq!(held.fencing_token, guard.fencing_token());

@@ -17,7 +17,7 @@ pub async fn cross_process<P: Provider>(provider: &P) {
     };
     let held = refused(&*lock, &request).await.held.expect("somebody has it");
     if is_lease(provider) {
-        assert_eq!(held.holder, Some(child_holder()));
+        assert_eq!(held.holder, Some(provider.told(&child_holder())));
     } else {
         assert!(held.session.is_some(), "nothing is known of {held:?}");
     }

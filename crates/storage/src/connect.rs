@@ -187,3 +187,32 @@ impl fmt::Debug for ConnectOptions {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_stays_on_this_machine_goes_unprotected_by_default() {
+        let local = [
+            "postgres://localhost/db",
+            "postgres://127.0.0.1/db",
+            "postgres://[::1]/db",
+            "postgres:///db?host=/run/postgresql",
+            "host=localhost,127.0.0.1",
+        ];
+        let remote = [
+            "postgres://db.example.com/db",
+            "postgres://10.0.0.1/db",
+            "hostaddr=10.0.0.1",
+            "host=localhost hostaddr=10.0.0.1",
+            "host=localhost,db.example.com",
+        ];
+        for text in local {
+            assert_eq!(default_tls(&text.parse().unwrap()), TlsMode::Disable, "{text}");
+        }
+        for text in remote {
+            assert_eq!(default_tls(&text.parse().unwrap()), TlsMode::VerifyFull, "{text}");
+        }
+    }
+}

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::advisory::session::PgSessionLock;
 use crate::advisory::transaction::PgTransactionLock;
 use crate::connect::ConnectOptions;
 use crate::lease::row::{PgLeaseLock, RowLease};
@@ -37,7 +38,7 @@ impl Database {
         let findings = startup::check(&options, pool_size).await?;
         let process = Process::start(options, pool_size, findings).map_err(StartupError::Thread)?;
         Ok(Self {
-            process: Arc::new(process),
+            process,
             leases: Arc::new(LeaseTable::own()),
         })
     }
@@ -60,6 +61,11 @@ impl Database {
     /// Locks on the rows of a table of the caller.
     pub fn row_leases(&self, table: LeaseTable) -> RowLease {
         RowLease::new(Arc::clone(&self.process), Arc::new(table))
+    }
+
+    /// Shared and exclusive locks that live in connections of this process, many in one.
+    pub fn session_locks(&self) -> PgSessionLock {
+        PgSessionLock::new(Arc::clone(&self.process))
     }
 
     /// Locks that live as long as a transaction, which [`Database::fenced_transaction`] runs the caller's

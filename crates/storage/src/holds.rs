@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use leasehold_domain::{HoldControl, LockId, LockName};
 
+use crate::advisory::AdvisoryKey;
 use crate::advisory::transaction::OpenTransaction;
 use crate::lease::LeaseHold;
 
@@ -35,6 +36,8 @@ pub(crate) enum Scope {
     Lease(Arc<LeaseHold>),
     /// A transaction that must stay open.
     Transaction(Arc<OpenTransaction>),
+    /// A session that it shares with others.
+    Session { key: AdvisoryKey, backend_pid: i32 },
 }
 
 impl Holds {
@@ -56,14 +59,15 @@ impl Holds {
         self.table().holds.get(&lock_id).cloned()
     }
 
-    /// The transaction-scoped hold of a name in this process.
+    /// The transaction-scoped hold of a name in this process, unless its transaction has ended and only its
+    /// guard still lives.
     pub(crate) fn transaction(&self, name: &LockName) -> Option<Hold> {
         let table = self.table();
-        table
-            .transactions
-            .get(name)
-            .and_then(|lock_id| table.holds.get(lock_id))
-            .cloned()
+        let hold = table.holds.get(table.transactions.get(name)?)?;
+        match &hold.scope {
+            Scope::Transaction(open) if !open.has_ended() => Some(hold.clone()),
+            _ => None,
+        }
     }
 
     /// Forgets a hold. Answers it to the one who ends it, and `None` to everybody after.
@@ -103,6 +107,7 @@ impl Scope {
         match self {
             Self::Lease(_) => "lease",
             Self::Transaction(_) => "transaction",
+            Self::Session { .. } => "session",
         }
     }
 }

@@ -20,6 +20,7 @@ mod tls;
 mod transaction;
 mod waiting;
 
+pub use advisory::session::PgSessionLock;
 pub use advisory::transaction::PgTransactionLock;
 pub use connect::{ConnectOptions, ConnectOptionsError};
 pub use database::Database;

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use diesel_async::AsyncPgConnection;
 use diesel_async::pooled_connection::PoolableConnection;
+use futures_util::{FutureExt, StreamExt};
 
 use crate::connect::ConnectOptions;
 use crate::error::StorageError;
@@ -101,6 +102,14 @@ pub(crate) struct Checkout(bb8::PooledConnection<'static, Manager>);
 impl Checkout {
     pub(crate) fn conn(&mut self) -> &mut AsyncPgConnection {
         &mut self.0.conn
+    }
+
+    /// Whether the connection is known to have ended. Asks the driver, not the server.
+    pub(crate) fn is_broken(&mut self) -> bool {
+        // The driver hands on its end like a notification; diesel-async's own answer is "broken" for every
+        // connection with an open transaction.
+        let mut ends = std::pin::pin!(self.0.conn.notifications_stream());
+        matches!(ends.next().now_or_never(), Some(None | Some(Err(_))))
     }
 
     /// Says that no statement is under way, so that the connection may serve others.

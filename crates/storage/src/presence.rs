@@ -98,8 +98,10 @@ fn worth_telling(holds: &Holds) -> (HashSet<LockId>, Told) {
     let mut ids = HashSet::new();
     let mut told = Told::default();
     for hold in holds.all() {
-        let Scope::Transaction(open) = &hold.scope else {
-            continue;
+        let (scope, backend_pid) = match &hold.scope {
+            Scope::Lease(_) => continue,
+            Scope::Transaction(open) => ("transaction", open.backend_pid),
+            Scope::Session { backend_pid, .. } => ("session", *backend_pid),
         };
         if hold.control.held_for() < WORTH_TELLING {
             continue;
@@ -109,8 +111,8 @@ fn worth_telling(holds: &Holds) -> (HashSet<LockId>, Told) {
         told.lock_id.push(parts.lock_id.as_uuid());
         told.name.push(parts.name.encoded().to_owned());
         told.mode.push(parts.mode.to_string());
-        told.scope.push("transaction");
-        told.backend_pid.push(open.backend_pid);
+        told.scope.push(scope);
+        told.backend_pid.push(backend_pid);
         told.operation.push(parts.holder.operation.clone());
         told.locked_by.push(parts.holder.owner.clone());
         told.instance.push(parts.holder.instance.clone());

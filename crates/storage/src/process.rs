@@ -1,8 +1,12 @@
 //! [`Process`]: what all locks of one process share.
 
+use std::sync::Arc;
+
 use leasehold_domain::LockName;
 use uuid::Uuid;
 
+use crate::advisory::session::Sessions;
+use crate::advisory::watch::Watch;
 use crate::connect::ConnectOptions;
 use crate::holds::Holds;
 use crate::keeper::Keeper;
@@ -26,8 +30,10 @@ pub(crate) struct Process {
     pub(crate) holds: Holds,
     pub(crate) queues: Queues,
     pub(crate) signals: Signals,
+    pub(crate) sessions: Sessions,
     pub(crate) renewer: Renewer,
     pub(crate) reaper: Reaper,
+    pub(crate) watch: Watch,
 }
 
 impl Process {
@@ -35,7 +41,7 @@ impl Process {
         options: ConnectOptions,
         pool_size: u32,
         findings: Findings,
-    ) -> std::io::Result<Self> {
+    ) -> std::io::Result<Arc<Self>> {
         let id = Uuid::new_v4();
         let keeper = Keeper::start()?;
         let holds = Holds::default();
@@ -44,8 +50,9 @@ impl Process {
         let renewer = Renewer::start(&keeper, options.clone(), holds.clone());
         let reaper = Reaper::new(keeper.clone(), options.clone(), queues.clone(), signals.clone());
         presence::start(&keeper, options.clone(), id, holds.clone());
+        let sessions = Sessions::start(&keeper, &options, findings.lock_budget, &holds, &signals);
         let pool = Pool::new(options.clone(), pool_size);
-        Ok(Self {
+        let process = Arc::new(Self {
             id,
             options,
             findings,
@@ -54,9 +61,13 @@ impl Process {
             holds,
             queues,
             signals,
+            sessions,
             renewer,
             reaper,
-        })
+            watch: Watch::default(),
+        });
+        Watch::start(&process);
+        Ok(process)
     }
 
     /// Tells everybody who waits that this process has freed a name.

@@ -257,6 +257,10 @@ impl Database {
                 self.process.freed(guard.name());
                 result
             }
+            // Nothing in a transaction can prove that another session still has its lock.
+            Scope::Session { .. } => Err(TransactionError::Unavailable(Unavailable::new(
+                "a session lock cannot fence a transaction: take a lease or a transaction lock",
+            ))),
         }
     }
 }
@@ -319,11 +323,18 @@ pub(crate) async fn begin(pool: &Pool) -> Result<Checkout, StorageError> {
     Ok(checkout)
 }
 
-/// Rolls back. A connection that does not answer is closed, which rolls back as well.
-pub(crate) async fn rollback(mut checkout: Checkout) {
+/// Rolls back, and answers whether the server said so. A connection that does not answer is closed, which rolls
+/// back as well.
+pub(crate) async fn rollback(mut checkout: Checkout) -> bool {
     match AnsiTransactionManager::rollback_transaction(checkout.conn()).await {
-        Ok(()) => checkout.settle(),
-        Err(error) => tracing::debug!(%error, "a rollback was not answered; the connection is closed"),
+        Ok(()) => {
+            checkout.settle();
+            true
+        }
+        Err(error) => {
+            tracing::debug!(%error, "a rollback was not answered; the connection is closed");
+            false
+        }
     }
 }
 

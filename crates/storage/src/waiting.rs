@@ -16,7 +16,7 @@ use crate::signals::{self, Signals};
 /// The fallback poll, jittered between these: it finds what no signal told.
 const POLL: std::ops::Range<Duration> = Duration::from_millis(250)..Duration::from_secs(1);
 /// How often a waiter says again that it waits.
-const ANNOUNCE: Duration = Duration::from_secs(10);
+pub(crate) const ANNOUNCE: Duration = Duration::from_secs(10);
 
 /// The queues of one backend in one process.
 #[derive(Clone, Debug, Default)]
@@ -128,7 +128,7 @@ impl Queues {
     }
 }
 
-fn jittered_poll() -> Duration {
+pub(crate) fn jittered_poll() -> Duration {
     rand::rng().random_range(POLL)
 }
 

@@ -3,6 +3,8 @@
 mod hashtextextended;
 pub(crate) mod holder;
 mod key;
+pub(crate) mod session;
 pub(crate) mod transaction;
+pub(crate) mod watch;
 
 pub use key::{AdvisoryKey, compat};

@@ -1,18 +1,19 @@
 //! [`PgTransactionLock`]: an advisory lock that lives as long as a transaction.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use diesel::QueryableByName;
 use diesel::sql_types::{BigInt, Bool, Integer, Nullable, Text, Timestamptz};
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection};
 use futures_util::FutureExt;
 use leasehold_domain::{
     AcquireError, Contention, DistributedLock, ExtendError, GuardParts, HeldLock, Invalid, LockGuard, LockId,
-    LockMode, LockName, LockRequest, MonotonicClock, ReleaseError, Released, ResumeError, Ttl, Unavailable,
+    LockMode, LockName, LockRequest, Monotonic, MonotonicClock, ReleaseError, Released, ResumeError, Ttl,
+    Unavailable,
 };
 use tracing::Instrument;
 
@@ -46,8 +47,8 @@ pub struct PgTransactionLock {
 pub(crate) struct OpenTransaction {
     slot: Mutex<Slot>,
     pub(crate) backend_pid: i32,
-    /// Ends the hold at `max_hold`.
-    timer: Mutex<Option<tokio::task::JoinHandle<()>>>,
+    /// When `max_hold` is over.
+    pub(crate) ends: Monotonic,
 }
 
 enum Slot {
@@ -60,40 +61,41 @@ enum Slot {
 }
 
 impl OpenTransaction {
-    fn replace(&self, slot: Slot) -> Slot {
-        std::mem::replace(
-            &mut *self.slot.lock().unwrap_or_else(PoisonError::into_inner),
-            slot,
-        )
+    fn slot(&self) -> MutexGuard<'_, Slot> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lends the connection out, once, with the id of its transaction.
     pub(crate) fn take(&self) -> Option<(Checkout, String)> {
-        match self.replace(Slot::Lent) {
+        let mut slot = self.slot();
+        match std::mem::replace(&mut *slot, Slot::Lent) {
             Slot::Parked(checkout, id) => Some((*checkout, id)),
             Slot::Lent => None,
             Slot::Ended => {
-                self.set_ended();
+                *slot = Slot::Ended;
                 None
             }
         }
     }
 
+    fn park(&self, checkout: Checkout, id: String) {
+        *self.slot() = Slot::Parked(Box::new(checkout), id);
+    }
+
     pub(crate) fn set_ended(&self) {
-        self.replace(Slot::Ended);
-        self.cancel_timer();
+        *self.slot() = Slot::Ended;
     }
 
-    fn has_ended(&self) -> bool {
-        matches!(
-            *self.slot.lock().unwrap_or_else(PoisonError::into_inner),
-            Slot::Ended
-        )
+    /// Whether it was committed or rolled back, so that the server has freed the lock.
+    pub(crate) fn has_ended(&self) -> bool {
+        matches!(*self.slot(), Slot::Ended)
     }
 
-    fn cancel_timer(&self) {
-        if let Some(timer) = self.timer.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            timer.abort();
+    /// Whether its connection is known to have ended while nobody was using it.
+    pub(crate) fn is_broken(&self) -> bool {
+        match &mut *self.slot() {
+            Slot::Parked(checkout, _) => checkout.is_broken(),
+            Slot::Lent | Slot::Ended => false,
         }
     }
 }
@@ -206,7 +208,7 @@ impl PgTransactionLock {
         let open = Arc::new(OpenTransaction {
             slot: Mutex::new(Slot::Parked(Box::new(checkout), transaction)),
             backend_pid,
-            timer: Mutex::new(None),
+            ends: Boottime.now().plus(request.max_hold()),
         });
         let parts = GuardParts {
             name: request.name().clone(),
@@ -226,7 +228,6 @@ impl PgTransactionLock {
         );
         let guard = LockGuard::new(parts, move || {
             process.holds.remove(lock_id);
-            dropped.cancel_timer();
             let taken = dropped.take();
             let keeper = process.keeper.clone();
             // A connection may only be dropped in a runtime, and the guard may be dropped anywhere.
@@ -240,30 +241,8 @@ impl PgTransactionLock {
         self.process
             .holds
             .insert(guard.control(), Scope::Transaction(Arc::clone(&open)));
-        self.end_at(lock_id, request.name().clone(), &open, request.max_hold());
+        self.process.watch.begin();
         guard
-    }
-
-    /// Ends the hold at `max_hold`, counted on a clock that runs on during suspend.
-    fn end_at(&self, lock_id: LockId, name: LockName, open: &Arc<OpenTransaction>, max_hold: Duration) {
-        let (process, ended) = (Arc::downgrade(&self.process), Arc::clone(open));
-        let ends = Boottime.now().plus(max_hold);
-        let timer = self.process.keeper.spawn(async move {
-            loop {
-                let left = ends.since(Boottime.now());
-                if left.is_zero() {
-                    break;
-                }
-                tokio::time::sleep(left.min(Duration::from_secs(60))).await;
-            }
-            let Some(process) = process.upgrade() else { return };
-            process.holds.lose(lock_id);
-            if let Some((checkout, _)) = ended.take() {
-                rollback(checkout).await;
-                process.freed(&name);
-            }
-        });
-        *open.timer.lock().unwrap_or_else(PoisonError::into_inner) = Some(timer);
     }
 
     /// Takes a lock away from its holder by ending the holder's database session, which rolls its transaction
@@ -347,7 +326,7 @@ fn held(hold: &Hold) -> HeldLock {
             application_name: None,
             client_address: None,
         }),
-        Scope::Lease(_) => None,
+        Scope::Lease(_) | Scope::Session { .. } => None,
     };
     HeldLock {
         lock_id: Some(parts.lock_id),
@@ -391,13 +370,40 @@ impl DistributedLock for PgTransactionLock {
         Err(ResumeError::NotHeld { lock_id })
     }
 
-    /// Moves nothing, because nothing expires: it answers whether the lock is still held.
+    /// Moves nothing, because nothing expires: it asks the server whether the transaction is still open. While
+    /// the caller's work uses the transaction that cannot be asked, which is told as [`Unavailable`].
     async fn extend(&self, guard: &LockGuard, ttl: Duration) -> Result<(), ExtendError> {
         Ttl::new(ttl)?;
-        if guard.is_lost() || self.process.holds.get(guard.lock_id()).is_none() {
+        let lock_id = guard.lock_id();
+        let Some(Hold {
+            scope: Scope::Transaction(open),
+            ..
+        }) = self.process.holds.get(lock_id).filter(|_| !guard.is_lost())
+        else {
             return Err(ExtendError::Lost);
+        };
+        let Some((mut checkout, id)) = open.take() else {
+            let busy = Unavailable::new("the transaction is in use");
+            return Err(if open.has_ended() {
+                ExtendError::Lost
+            } else {
+                ExtendError::Unavailable(busy)
+            });
+        };
+        // In a task, so that a caller who goes away does not take the connection, and so the lock, along.
+        let asked = self.process.keeper.spawn(async move {
+            let alive = checkout.conn().batch_execute("SELECT 1").await.is_ok();
+            if alive {
+                open.park(checkout, id);
+            }
+            alive
+        });
+        if asked.await.unwrap_or(false) {
+            return Ok(());
         }
-        Ok(())
+        self.process.holds.lose(lock_id);
+        self.process.freed(guard.name());
+        Err(ExtendError::Lost)
     }
 
     async fn release(&self, guard: LockGuard) -> Result<Released, ReleaseError> {
@@ -411,14 +417,11 @@ impl DistributedLock for PgTransactionLock {
                 guard.defuse();
                 return Ok(Released::AlreadyGone);
             };
-            let ended = open.has_ended();
-            let taken = open.take();
-            open.cancel_timer();
-            let released = ended || taken.is_some();
-            if let Some((checkout, _)) = taken {
+            let released = match open.take() {
                 // Dropped in the middle of this the connection closes, which frees the lock as well.
-                rollback(checkout).await;
-            }
+                Some((checkout, _)) => rollback(checkout).await && !guard.is_lost(),
+                None => open.has_ended(),
+            };
             self.process.holds.remove(guard.lock_id());
             let name = guard.name().clone();
             guard.defuse();

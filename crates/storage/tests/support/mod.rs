@@ -77,6 +77,19 @@ impl TestDatabase {
         ConnectOptions::parse(&self.url, None).unwrap()
     }
 
+    /// Lets nobody in any more, and ends every session that is in.
+    pub(crate) async fn close(&self) {
+        let name = self.name();
+        let server = client(maintenance_url()).await;
+        let close = format!("ALTER DATABASE {name} WITH ALLOW_CONNECTIONS false");
+        server.batch_execute(&close).await.unwrap();
+        let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = $1";
+        eventually("every session has ended", async || {
+            server.query_one(end, &[&name]).await.unwrap().get::<_, i64>(0) == 0
+        })
+        .await;
+    }
+
     /// A connection that knows nothing of the library.
     pub(crate) async fn client(&self) -> Client {
         client(&self.url).await

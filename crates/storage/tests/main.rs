@@ -1,0 +1,12 @@
+//! What this crate promises, against a real Postgres.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail their test")]
+
+mod fenced;
+mod keys;
+mod migrate;
+mod providers;
+mod session;
+mod startup;
+mod support;
+mod tls;

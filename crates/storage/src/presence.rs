@@ -54,7 +54,8 @@ struct Told {
 }
 
 /// Starts telling, on the keeper's thread. The connection is opened when there is first something to tell.
-pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, process_id: Uuid, holds: Holds) {
+pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, holds: Holds) {
+    let process_id = Uuid::new_v4();
     keeper.spawn(async move {
         let mut client: Option<Client> = None;
         let mut last: HashSet<LockId> = HashSet::new();

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use leasehold_domain::LockName;
-use uuid::Uuid;
 
 use crate::advisory::session::Sessions;
 use crate::advisory::watch::Watch;
@@ -21,8 +20,6 @@ use crate::waiting::Queues;
 /// The shared parts. It lives as long as a guard does: a guard must be able to release.
 #[derive(Debug)]
 pub(crate) struct Process {
-    /// Tells this process from others in `leasehold.presence`.
-    pub(crate) id: Uuid,
     pub(crate) options: ConnectOptions,
     pub(crate) findings: Findings,
     pub(crate) pool: Pool,
@@ -42,18 +39,16 @@ impl Process {
         pool_size: u32,
         findings: Findings,
     ) -> std::io::Result<Arc<Self>> {
-        let id = Uuid::new_v4();
         let keeper = Keeper::start()?;
         let holds = Holds::default();
         let queues = Queues::default();
         let signals = Signals::start(&keeper, options.clone(), !findings.pooled);
         let renewer = Renewer::start(&keeper, options.clone(), holds.clone());
         let reaper = Reaper::new(keeper.clone(), options.clone(), queues.clone(), signals.clone());
-        presence::start(&keeper, options.clone(), id, holds.clone());
+        presence::start(&keeper, options.clone(), holds.clone());
         let sessions = Sessions::start(&keeper, &options, findings.lock_budget, &holds, &signals);
         let pool = Pool::new(options.clone(), pool_size);
         let process = Arc::new(Self {
-            id,
             options,
             findings,
             pool,

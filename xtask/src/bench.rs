@@ -24,6 +24,8 @@ pub(crate) fn run(arguments: &[OsString]) -> Result {
     let cluster = Cluster::temporary()
         .binaries(binaries.clone())
         .durability(Durability::Durable)
+        // Several lanes keep a connection for each of their clients.
+        .set("max_connections", "300")
         .start()?;
     steps::run(
         Command::new(bench)

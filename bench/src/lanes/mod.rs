@@ -1,0 +1,35 @@
+//! The groups, in the order in which they are printed.
+
+mod growth;
+mod handoff;
+mod pairs;
+mod write;
+
+use leasehold_domain::{Holder, LockName, LockRequest};
+
+use crate::{Bench, Result};
+
+pub(crate) async fn run(bench: &Bench) -> Result {
+    let database = bench.server.create("leasehold_bench").await?;
+    for clients in bench.options.clients.clone() {
+        pairs::lease(bench, &database, clients).await?;
+    }
+    for clients in bench.options.clients.clone() {
+        pairs::transaction(bench, &database, clients).await?;
+    }
+    write::create_tables(&database).await?;
+    for clients in bench.options.clients.clone() {
+        write::guarded(bench, &database, clients).await?;
+    }
+    handoff::one_name(bench, &database).await?;
+    growth::rows(bench).await?;
+    growth::renewal(bench).await
+}
+
+/// What all of our lanes ask for.
+fn request(parts: &[&str]) -> Result<LockRequest> {
+    Ok(LockRequest::new(
+        LockName::new(parts)?,
+        Holder::new("bench", "measure"),
+    ))
+}

@@ -81,8 +81,11 @@ pub async fn enter(db: &Database, instance: &str) -> Result<Option<LockGuard>, M
         return Ok(None);
     }
     let request = request(LockMode::Shared, instance)?;
-    _ = (request, WAIT);
-    Ok(None)
+    db.session_locks()
+        .acquire(&request, WAIT)
+        .await
+        .map(Some)
+        .map_err(ModeError::Lock)
 }
 
 /// Agrees with the other instances on the kind of lock: the first one decides.
@@ -118,7 +121,7 @@ pub async fn agree(db: &Database, mode: WorkspaceLockMode) -> Result<(), ModeErr
 /// # Errors
 /// [`ModeError::InUse`] when one does, [`ModeError::Lock`] and [`ModeError::Setting`].
 pub async fn change(db: &Database, mode: WorkspaceLockMode, instance: &str) -> Result<(), ModeError> {
-    let locks = db.leases();
+    let locks = db.session_locks();
     let guard = match locks.try_acquire(&request(LockMode::Exclusive, instance)?).await {
         Ok(guard) => guard,
         Err(AcquireError::Contended(_)) => return Err(ModeError::InUse),

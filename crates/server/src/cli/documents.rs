@@ -1,17 +1,17 @@
 //! `leasehold openapi` and `leasehold schema`: what is committed and compared, printed by what it is made of.
 
 use std::fmt::Write;
+use std::time::Duration;
 
+use clap::Args;
 use diesel::prelude::*;
 use diesel::sql_types::Text;
 use diesel_async::RunQueryDsl;
-use leasehold_embedded::Cluster;
-use tokio::runtime::Builder;
 
-use crate::cli::postgres::connect_briefly;
+use crate::app;
+use crate::cli::postgres::{Postgres, connect_briefly};
 use crate::cli::{Failed, print};
 use crate::config::DatabaseConfig;
-use crate::{app, schema};
 
 pub(crate) fn openapi() -> Result<(), Failed> {
     print(&format!("{}\n", app::openapi().to_pretty_json()?))
@@ -64,21 +64,20 @@ const TABLES: &str = "
     ) AS lines
     ORDER BY part = 4, of COLLATE \"C\", part, place, line COLLATE \"C\"";
 
-pub(crate) fn schema() -> Result<(), Failed> {
-    let cluster = Cluster::temporary().start()?;
-    let runtime = Builder::new_multi_thread().enable_all().build()?;
-    let text = runtime.block_on(async {
-        let plain = DatabaseConfig {
-            database_url: None,
-            database_tls: None,
-        };
-        let options = plain.options(&cluster.url("postgres"))?;
-        schema::migrations().run(&options).await?;
-        let db = connect_briefly(&options).await?;
+#[derive(Args, Debug)]
+pub(crate) struct SchemaArgs {
+    #[command(flatten)]
+    database: DatabaseConfig,
+}
+
+pub(crate) fn schema(args: &SchemaArgs) -> Result<(), Failed> {
+    let postgres = Postgres::find(&args.database)?;
+    let text = postgres.runtime.block_on(async {
+        let db = connect_briefly(&postgres.options).await?;
         let lines = db
             .read(async |conn| diesel::sql_query(TABLES).load::<Line>(conn).await)
             .await;
-        db.shutdown(std::time::Duration::from_secs(5)).await;
+        db.shutdown(Duration::from_secs(5)).await;
         let mut text = String::new();
         for Line { line } in lines? {
             writeln!(text, "{line}")?;

@@ -42,9 +42,9 @@ enum Command {
     /// Print the document that describes the API
     #[command(hide = true)]
     Openapi,
-    /// Print the tables of the database as they are after all migrations
+    /// Print the tables of the database
     #[command(hide = true)]
-    Schema,
+    Schema(documents::SchemaArgs),
 }
 
 /// Does what the command line says.
@@ -71,7 +71,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Migrate(args) => migrate::run(&args),
         Command::Keys(args) => keys::run(&args),
         Command::Openapi => documents::openapi(),
-        Command::Schema => documents::schema(),
+        Command::Schema(args) => documents::schema(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,0 +1,29 @@
+//! The reference service from the outside: each test has a database of its own.
+
+mod auth;
+mod command;
+mod crud;
+mod document;
+mod locking;
+mod support;
+
+/// Makes two tests of each function: one for each kind of workspace lock.
+macro_rules! in_both_modes {
+    ($($test:ident),+ $(,)?) => {
+        mod lease {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $test() {
+                let api = $crate::support::Api::start(leasehold_server::config::WorkspaceLockMode::Lease).await;
+                super::$test(api).await;
+            })+
+        }
+        mod advisory {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $test() {
+                let api = $crate::support::Api::start(leasehold_server::config::WorkspaceLockMode::Advisory).await;
+                super::$test(api).await;
+            })+
+        }
+    };
+}
+pub(crate) use in_both_modes;

@@ -9,6 +9,10 @@ use crate::Provider;
 /// After which a state that was waited for counts as never reached: far beyond what a busy machine needs.
 pub(crate) const CAP: Duration = Duration::from_secs(30);
 
+/// How long clauses ask to wait for a lock: so much longer than the cap that whoever gets it only at the end of the
+/// wait is too late.
+pub(crate) const LONG_WAIT: Duration = Duration::from_secs(600);
+
 /// The result of `future`, which must come before the cap.
 pub(crate) async fn within_cap<T>(what: &str, future: impl Future<Output = T>) -> T {
     match timeout(CAP, future).await {

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{becomes_free, give_back, give_back_lost, is_lease, refused, request, take, take_soon};
 use crate::Provider;
-use crate::patience::{CAP, until_none, within_cap};
+use crate::patience::{LONG_WAIT, until_none, within_cap};
 
 /// A free lock is granted, and the guard says what was asked for.
 pub async fn try_acquire_free<P: Provider>(provider: &P) {
@@ -205,7 +205,7 @@ pub async fn absent_row_is_not_found<P: Provider>(provider: &P) {
     let lock = provider.process().await;
     for answer in [
         lock.try_acquire(&request(&name)).await,
-        within_cap("a wait", lock.acquire(&request(&name), CAP)).await,
+        within_cap("a wait", lock.acquire(&request(&name), LONG_WAIT)).await,
     ] {
         let error = answer.expect_err("there is no row");
         assert!(

@@ -9,13 +9,13 @@ use serde_json::json;
 
 use super::{give_back, invalid_field, request, take};
 use crate::Provider;
-use crate::patience::{CAP, within_cap};
+use crate::patience::{LONG_WAIT, within_cap};
 
 /// Every way to ask refuses the request for the same field, and holds nothing.
 async fn is_refused<P: Provider>(provider: &P, request: &LockRequest, field: &str) {
     let lock = provider.process().await;
     assert_eq!(invalid_field(lock.try_acquire(request).await), field);
-    let waited = within_cap("a refusal", lock.acquire(request, CAP)).await;
+    let waited = within_cap("a refusal", lock.acquire(request, LONG_WAIT)).await;
     assert_eq!(invalid_field(waited), field);
     match lock.resume(request, LockId::new()).await {
         Err(ResumeError::Invalid(invalid)) => assert_eq!(invalid.field(), field),

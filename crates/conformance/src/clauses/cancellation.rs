@@ -10,7 +10,7 @@ use tokio::task::yield_now;
 
 use super::{becomes_free, give_back, is_lease, refused, request, take, take_soon};
 use crate::Provider;
-use crate::patience::CAP;
+use crate::patience::LONG_WAIT;
 
 /// How many drop points each future is swept over: more than any has before it is done or only waits.
 const POLLS: usize = 12;
@@ -41,8 +41,8 @@ pub async fn cancelled_before_start<P: Provider>(provider: &P) {
     let lock = provider.process().await;
     let request = request(&provider.name("cancelled", "before start").await);
     drop(lock.try_acquire(&request));
-    drop(lock.acquire(&request, CAP));
-    drop(lock.with_lock(&request, CAP, async |_| panic!("the work started")));
+    drop(lock.acquire(&request, LONG_WAIT));
+    drop(lock.with_lock(&request, LONG_WAIT, async |_| panic!("the work started")));
     assert_eq!(provider.residue().await, None);
     give_back(&*lock, take(&*lock, &request).await).await;
 }
@@ -62,18 +62,22 @@ pub async fn acquire_dropped_anywhere<P: Provider>(provider: &P) {
     let (one, other) = (provider.process().await, provider.process().await);
     let request = request(&provider.name("cancelled", "wait").await);
     for polls in 0..POLLS {
-        drop(drop_after(polls, one.acquire(&request, CAP)).await);
+        drop(drop_after(polls, one.acquire(&request, LONG_WAIT)).await);
         becomes_free(&*other, &request).await;
 
         for holder in [&one, &other] {
             let guard = take_soon(&**holder, &request).await;
-            assert!(drop_after(polls, one.acquire(&request, CAP)).await.is_none());
+            assert!(
+                drop_after(polls, one.acquire(&request, LONG_WAIT))
+                    .await
+                    .is_none()
+            );
             give_back(&**holder, guard).await;
             becomes_free(&*other, &request).await;
 
             let guard = take_soon(&**holder, &request).await;
             let (waited, ()) = tokio::join!(
-                drop_after(polls, one.acquire(&request, CAP)),
+                drop_after(polls, one.acquire(&request, LONG_WAIT)),
                 give_back(&**holder, guard)
             );
             drop(waited);
@@ -146,7 +150,7 @@ pub async fn acquire_all_dropped_anywhere<P: Provider>(provider: &P) {
         request(&provider.name("cancelled", "several 2").await),
     ];
     for polls in 0..POLLS {
-        let taken = drop_after(polls, one.acquire_all(requests.to_vec(), CAP)).await;
+        let taken = drop_after(polls, one.acquire_all(requests.to_vec(), LONG_WAIT)).await;
         if let Some(Ok(guards)) = taken {
             drop_after(polls, one.release_all(guards)).await;
         }
@@ -167,7 +171,7 @@ pub async fn with_lock_dropped_anywhere<P: Provider>(provider: &P) {
 }
 
 async fn works(lock: &dyn DistributedLock, request: &LockRequest) {
-    let work = lock.with_lock(request, CAP, async |_| {
+    let work = lock.with_lock(request, LONG_WAIT, async |_| {
         for _ in 0..3 {
             yield_now().await;
         }

@@ -36,7 +36,7 @@ pub use sharing::*;
 pub use waiting::*;
 pub use work::*;
 
-use crate::patience::{CAP, within_cap};
+use crate::patience::{LONG_WAIT, within_cap};
 use crate::{Life, Provider};
 
 /// A slice short enough that its heartbeat finds a loss soon, and long enough that a busy machine does not miss
@@ -78,7 +78,7 @@ async fn refused(lock: &dyn DistributedLock, request: &LockRequest) -> Contentio
 
 /// Takes a lock that must become free without anybody's doing.
 async fn take_soon(lock: &dyn DistributedLock, request: &LockRequest) -> LockGuard {
-    within_cap("a wait", lock.acquire(request, CAP))
+    within_cap("a wait", lock.acquire(request, LONG_WAIT))
         .await
         .unwrap_or_else(|error| panic!("{} becomes free: {error:?}", request.name()))
 }
@@ -125,7 +125,10 @@ async fn shared_is_refused<P: Provider>(provider: &P, name: &LockName) -> bool {
     }
     let lock = provider.process().await;
     assert_eq!(invalid_field(lock.try_acquire(&shared(name)).await), "mode");
-    assert_eq!(invalid_field(lock.acquire(&shared(name), CAP).await), "mode");
+    assert_eq!(
+        invalid_field(lock.acquire(&shared(name), LONG_WAIT).await),
+        "mode"
+    );
     give_back(&*lock, take(&*lock, &request(name)).await).await;
     true
 }

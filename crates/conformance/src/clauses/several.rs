@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 
 use super::{becomes_free, give_back, refused, request, take};
 use crate::Provider;
-use crate::patience::{CAP, within_cap};
+use crate::patience::{LONG_WAIT, within_cap};
 
 /// They are taken in the order of their names, each once, however they were listed.
 pub async fn multi_sorted_deduped<P: Provider>(provider: &P) {
@@ -18,7 +18,7 @@ pub async fn multi_sorted_deduped<P: Provider>(provider: &P) {
         requests.push(request(&provider.name("several", item).await));
     }
     let guards = lock
-        .acquire_all(requests.clone(), CAP)
+        .acquire_all(requests.clone(), LONG_WAIT)
         .await
         .expect("they are free");
     let names = guards.iter().map(LockGuard::name).collect::<Vec<_>>();
@@ -69,7 +69,7 @@ pub async fn multi_refuses_before_it_takes<P: Provider>(provider: &P) {
     let good = request(&provider.name("refuses", "1").await);
     let bad = request(&provider.name("refuses", "2").await).with_ttl(Duration::ZERO);
     let error = lock
-        .acquire_all(vec![good, bad], CAP)
+        .acquire_all(vec![good, bad], LONG_WAIT)
         .await
         .expect_err("one is out of bounds");
     assert!(matches!(error, AcquireError::Invalid(_)), "{error:?}");
@@ -95,7 +95,7 @@ pub async fn multi_drop_frees<P: Provider>(provider: &P) {
         request(&provider.name("drop", "2").await),
     ];
     drop(
-        lock.acquire_all(requests.to_vec(), CAP)
+        lock.acquire_all(requests.to_vec(), LONG_WAIT)
             .await
             .expect("they are free"),
     );
@@ -120,9 +120,9 @@ pub async fn multi_no_deadlock<P: Provider>(provider: &P) {
             requests.reverse();
         }
         tasks.spawn(async move {
-            for _ in 0..5 {
+            for _ in 0..3 {
                 let guards = lock
-                    .acquire_all(requests.clone(), CAP)
+                    .acquire_all(requests.clone(), LONG_WAIT)
                     .await
                     .expect("everybody gets them");
                 tokio::task::yield_now().await;

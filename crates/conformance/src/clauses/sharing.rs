@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 
 use super::{becomes_free, give_back, refused, request, shared, shared_is_refused, take, take_soon};
 use crate::Provider;
-use crate::patience::{CAP, until_none, within_cap};
+use crate::patience::{LONG_WAIT, until_none, within_cap};
 
 /// Readers share, in one process and across; a writer excludes everybody and is excluded by every reader.
 pub async fn readers_writer<P: Provider>(provider: &P) {
@@ -76,7 +76,7 @@ pub async fn writer_waits_for_the_last_reader<P: Provider>(provider: &P) {
     let near = take(&*one, &shared(&name)).await;
     let far = take(&*other, &shared(&name)).await;
     let exclusive = request(&name);
-    let mut writer = one.acquire(&exclusive, CAP);
+    let mut writer = one.acquire(&exclusive, LONG_WAIT);
     for (lock, reader) in [(&one, near), (&other, far)] {
         let early = tokio::time::timeout(Duration::from_millis(100), &mut writer).await;
         assert!(early.is_err(), "a reader is there, but {early:?}");
@@ -130,7 +130,7 @@ pub async fn writer_that_gives_up_lets_readers_in<P: Provider>(provider: &P) {
     let reader = take(&*one, &shared(&name)).await;
     {
         let exclusive = request(&name);
-        let mut writer = one.acquire(&exclusive, CAP);
+        let mut writer = one.acquire(&exclusive, LONG_WAIT);
         let early = tokio::time::timeout(Duration::from_millis(100), &mut writer).await;
         assert!(early.is_err(), "a reader is there, but {early:?}");
     }

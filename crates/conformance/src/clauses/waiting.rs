@@ -10,7 +10,7 @@ use tokio::task::JoinSet;
 
 use super::{SHORT_TTL, becomes_free, expire, give_back, refused, request, take, take_soon};
 use crate::Provider;
-use crate::patience::{CAP, within_cap};
+use crate::patience::{LONG_WAIT, within_cap};
 
 /// Long enough that an attempt would have come back, and no more: what is tested is that it has not.
 const A_WHILE: Duration = Duration::from_millis(100);
@@ -37,7 +37,7 @@ async fn waits_in_vain(lock: &dyn DistributedLock, request: &LockRequest, wait: 
 pub async fn acquire_free_does_not_wait<P: Provider>(provider: &P) {
     let lock = provider.process().await;
     let request = request(&provider.name("waiting", "free").await);
-    for wait in [Duration::ZERO, Duration::from_nanos(1), CAP, Duration::MAX] {
+    for wait in [Duration::ZERO, Duration::from_nanos(1), LONG_WAIT, Duration::MAX] {
         let guard = within_cap("a wait", lock.acquire(&request, wait)).await;
         give_back(&*lock, guard.expect("it is free")).await;
     }
@@ -81,7 +81,7 @@ pub async fn acquire_waits_then_gets<P: Provider>(provider: &P) {
     for waiter in [&one, &other] {
         let first = take(&*one, &request).await;
         let id = first.lock_id();
-        let mut waiting = waiter.acquire(&request, CAP);
+        let mut waiting = waiter.acquire(&request, LONG_WAIT);
         let early = tokio::time::timeout(A_WHILE, &mut waiting).await;
         assert!(early.is_err(), "it is held, but {early:?}");
         give_back(&*one, first).await;
@@ -98,7 +98,7 @@ pub async fn acquire_waits_for_a_drop<P: Provider>(provider: &P) {
     let request = request(&provider.name("waiting", "drop").await);
     for waiter in [&one, &other] {
         let first = take_soon(&*one, &request).await;
-        let mut waiting = waiter.acquire(&request, CAP);
+        let mut waiting = waiter.acquire(&request, LONG_WAIT);
         let early = tokio::time::timeout(A_WHILE, &mut waiting).await;
         assert!(early.is_err(), "it is held, but {early:?}");
         drop(first);
@@ -112,7 +112,7 @@ pub async fn acquire_waits_for_a_loss<P: Provider>(provider: &P) {
     let (one, other) = (provider.process().await, provider.process().await);
     let request = request(&provider.name("waiting", "loss").await);
     let first = take(&*one, &request).await;
-    let mut waiting = other.acquire(&request, CAP);
+    let mut waiting = other.acquire(&request, LONG_WAIT);
     let early = tokio::time::timeout(A_WHILE, &mut waiting).await;
     assert!(early.is_err(), "it is held, but {early:?}");
     provider.lose(request.name()).await;
@@ -126,7 +126,7 @@ pub async fn acquire_waits_for_an_expiry<P: Provider>(provider: &P) {
     let (one, other) = (provider.process().await, provider.process().await);
     let request = request(&provider.name("waiting", "expiry").await);
     let first = take(&*one, &request).await;
-    let mut waiting = other.acquire(&request, CAP);
+    let mut waiting = other.acquire(&request, LONG_WAIT);
     let early = tokio::time::timeout(A_WHILE, &mut waiting).await;
     assert!(early.is_err(), "it is held, but {early:?}");
     if !expire(provider, &first).await {
@@ -170,12 +170,12 @@ pub async fn waiter_that_gives_up_is_passed_over<P: Provider>(provider: &P) {
     let request = request(&provider.name("waiting", "gives up").await);
     let first = take(&*lock, &request).await;
     let gone = {
-        let mut gone = lock.acquire(&request, CAP);
+        let mut gone = lock.acquire(&request, LONG_WAIT);
         let early = tokio::time::timeout(A_WHILE, &mut gone).await;
         assert!(early.is_err(), "it is held, but {early:?}");
         gone
     };
-    let mut waiting = lock.acquire(&request, CAP);
+    let mut waiting = lock.acquire(&request, LONG_WAIT);
     let early = tokio::time::timeout(A_WHILE, &mut waiting).await;
     assert!(early.is_err(), "it is held, but {early:?}");
     drop(gone);
@@ -192,10 +192,14 @@ pub async fn deadline_races_the_grant<P: Provider>(provider: &P) {
         let lock = if round % 2 == 0 { &one } else { &other };
         let first = take_soon(&*one, &request).await;
         let wait = Duration::from_millis(round / 2);
-        let (granted, ()) = tokio::join!(lock.acquire(&request, wait), async {
-            tokio::time::sleep(wait).await;
-            give_back(&*one, first).await;
+        let end = tokio::time::Instant::now() + wait;
+        let releaser = Arc::clone(&one);
+        let release = tokio::spawn(async move {
+            tokio::time::sleep_until(end).await;
+            give_back(&*releaser, first).await;
         });
+        let granted = within_cap("a wait", lock.acquire(&request, wait)).await;
+        release.await.expect("the release succeeds");
         match granted {
             Ok(guard) => give_back(&**lock, guard).await,
             Err(AcquireError::TimedOut { .. }) => {}

@@ -9,7 +9,7 @@ use leasehold_domain::{AcquireError, DistributedLockExt, ErrorClass, LockGuard, 
 
 use super::{SHORT_TTL, becomes_free, expire, give_back, refused, request, take};
 use crate::Provider;
-use crate::patience::{CAP, within_cap};
+use crate::patience::{LONG_WAIT, within_cap};
 
 /// Set when it is dropped: how work tells that it was cancelled.
 struct Flag(Arc<AtomicBool>);
@@ -25,7 +25,7 @@ pub async fn with_lock_answers_after_release<P: Provider>(provider: &P) {
     let (one, other) = (provider.process().await, provider.process().await);
     let request = request(&provider.name("work", "answers").await);
     for round in 0..10 {
-        let done = one.with_lock(&request, CAP, async |guard| {
+        let done = one.with_lock(&request, LONG_WAIT, async |guard| {
             refused(&*other, &request).await;
             (round, guard.name().clone())
         });
@@ -58,7 +58,7 @@ pub async fn with_lock_cancelled_on_loss<P: Provider>(provider: &P) {
     let request = request(&provider.name("work", "loss").await).with_ttl(SHORT_TTL);
     let cancelled = Arc::new(AtomicBool::new(false));
     let flag = Flag(Arc::clone(&cancelled));
-    let work = lock.with_lock(&request, CAP, async |guard: &LockGuard| {
+    let work = lock.with_lock(&request, LONG_WAIT, async |guard: &LockGuard| {
         let _flag = flag;
         provider.lose(guard.name()).await;
         pending::<()>().await;
@@ -74,7 +74,7 @@ pub async fn with_lock_tells_a_late_end<P: Provider>(provider: &P) {
     let lock = provider.process().await;
     let request = request(&provider.name("work", "late").await);
     let done = lock
-        .with_lock(&request, CAP, async |guard| expire(provider, guard).await)
+        .with_lock(&request, LONG_WAIT, async |guard| expire(provider, guard).await)
         .await;
     match done {
         Ok(expired) => assert!(!expired, "the lease had ended"),
@@ -89,7 +89,9 @@ pub async fn with_lock_panic_releases<P: Provider>(provider: &P) {
     let work = {
         let request = request.clone();
         tokio::spawn(async move {
-            let done: Result<(), _> = one.with_lock(&request, CAP, async |_| panic!("on purpose")).await;
+            let done: Result<(), _> = one
+                .with_lock(&request, LONG_WAIT, async |_| panic!("on purpose"))
+                .await;
             done
         })
     };
@@ -106,7 +108,7 @@ pub async fn with_lock_dropped_releases<P: Provider>(provider: &P) {
     let (started, starts) = tokio::sync::oneshot::channel();
     {
         let flag = Flag(Arc::clone(&cancelled));
-        let work = one.with_lock(&request, CAP, async move |_: &LockGuard| {
+        let work = one.with_lock(&request, LONG_WAIT, async move |_: &LockGuard| {
             let _flag = flag;
             started.send(()).expect("somebody listens");
             pending::<()>().await;
@@ -130,7 +132,7 @@ pub async fn with_lock_can_be_spawned<P: Provider>(provider: &P) {
     let work = {
         let (lock, request) = (Arc::clone(&lock), request.clone());
         tokio::spawn(async move {
-            let work = lock.with_lock(&request, CAP, async |guard: &LockGuard| {
+            let work = lock.with_lock(&request, LONG_WAIT, async |guard: &LockGuard| {
                 tokio::task::yield_now().await;
                 guard.lock_id()
             });

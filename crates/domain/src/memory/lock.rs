@@ -68,23 +68,19 @@ impl MemoryLock {
     /// heartbeats would; those that reach their `max_hold`, or their end without a heartbeat, are lost and told,
     /// and whoever waited for them goes on.
     pub fn advance(&self, by: Duration) {
-        let mut undelivered = Vec::new();
-        {
-            let mut names = self.inner.names();
-            let target = self.inner.clock.now().plus(by);
-            // Renewed before the clock moves: a hold that has once looked overdue is never renewed.
-            for hold in names.values_mut().flat_map(|entry| &mut entry.holds) {
-                if hold.heartbeat && hold.bound > target && !hold.control.is_lost() {
-                    hold.renew(&self.inner.clock, target);
-                }
-            }
-            self.inner.clock.advance(by);
-            for entry in names.values_mut() {
-                entry.end_overdue(target);
-                undelivered.extend(self.inner.hand_over(entry, target));
+        let mut names = self.inner.names();
+        let target = self.inner.clock.now().plus(by);
+        // Renewed before the clock moves: a hold that has once looked overdue is never renewed.
+        for hold in names.values_mut().flat_map(|entry| &mut entry.holds) {
+            if hold.heartbeat && hold.bound > target && !hold.control.is_lost() {
+                hold.renew(&self.inner.clock, target);
             }
         }
-        drop(undelivered);
+        self.inner.clock.advance(by);
+        for entry in names.values_mut() {
+            entry.end_overdue(target);
+            self.inner.hand_over(entry, target);
+        }
     }
 
     /// Takes the lock away from whoever holds it, as an operator or a broken session does. They are told at
@@ -312,23 +308,23 @@ impl Inner {
         let now = self.clock.now();
         let entry = names.entry(name.clone()).or_default();
         entry.end_overdue(now);
-        let mut undelivered = self.hand_over(entry, now);
+        self.hand_over(entry, now);
         let answer = change(self, entry, now);
-        undelivered.extend(self.hand_over(entry, now));
-        drop(names);
-        // The waiter was gone: such a guard releases itself, which needs the names again.
-        drop(undelivered);
+        self.hand_over(entry, now);
         answer
     }
 
-    /// Grants to the waiters in their order, until one must wait on. Answers the guards that nobody took.
-    fn hand_over(self: &Arc<Self>, entry: &mut Entry, now: Monotonic) -> Vec<LockGuard> {
-        let mut undelivered = Vec::new();
+    /// Grants to the waiters in their order, until one must wait on.
+    fn hand_over(self: &Arc<Self>, entry: &mut Entry, now: Monotonic) {
         while let Some(waiter) = entry.next() {
             let guard = self.grant(entry, waiter.lock_id, &waiter.request, now);
-            undelivered.extend(waiter.grant.send(guard).err());
+            if let Err(unclaimed) = waiter.grant.send(guard) {
+                // A place leaves the queue before it stops listening, so this does not happen; a guard that was
+                // dropped here would wait for the names, which are locked.
+                unclaimed.defuse();
+                entry.holds.pop();
+            }
         }
-        undelivered
     }
 
     fn try_grant(

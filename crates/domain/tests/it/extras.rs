@@ -123,3 +123,14 @@ async fn locks_taken_together_go_back_last_first() {
     let guards = lock.acquire_all(requests.to_vec(), Duration::ZERO).await.unwrap();
     lock.release_all(guards).await;
 }
+
+#[tokio::test]
+async fn of_several_requests_with_one_out_of_bounds_none_is_sent() {
+    // Whatever is asked of it fails the test: nothing is expected.
+    let lock = MockDistributedLock::new();
+    let [good, bad] =
+        ["a", "b"].map(|item| LockRequest::new(LockName::new([item]).unwrap(), Holder::new("o", "op")));
+    let requests = vec![good, bad.with_ttl(Duration::ZERO)];
+    let error = lock.acquire_all(requests, Duration::ZERO).await.unwrap_err();
+    assert!(matches!(error, AcquireError::Invalid(invalid) if invalid.field() == "ttl"));
+}

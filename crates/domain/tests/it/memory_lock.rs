@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use leasehold_conformance::{Abilities, Life, Provider, lock_conformance};
-use leasehold_domain::{DistributedLock, ExtendError, Holder, LockName, LockRequest, MemoryLock, Released};
+use leasehold_domain::{
+    AcquireError, DistributedLock, ExtendError, Holder, LockName, LockRequest, MemoryLock, Released,
+};
 
 struct Memory(MemoryLock);
 
@@ -179,7 +181,50 @@ async fn a_former_guard_of_a_resumed_hold_does_not_end_it() {
     let former = lock.try_acquire(&request(&name())).await.unwrap();
     let resumed = lock.resume(&request(&name()), former.lock_id()).await.unwrap();
     assert!(former.is_lost());
+    let extended = lock.extend(&former, Duration::from_secs(10)).await;
+    assert!(matches!(extended, Err(ExtendError::Lost)), "{extended:?}");
     drop(former);
     assert!(!resumed.is_lost());
     assert_eq!(lock.release(resumed).await.unwrap(), Released::Held);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hold_that_ends_on_the_clock_is_told_at_once() {
+    let lock = MemoryLock::new();
+    let guard = lock.try_acquire(&request(&name())).await.unwrap();
+    let start = tokio::time::Instant::now();
+    tokio::join!(guard.lost(), async { lock.advance(Duration::from_secs(60)) });
+    assert_eq!(start.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test]
+async fn what_is_over_goes_to_the_waiter_before_anybody_else() {
+    let lock = MemoryLock::new();
+    let first = lock.try_acquire(&request(&name())).await.unwrap();
+    let request = request(&name());
+    let mut waiting = lock.acquire(&request, Duration::from_secs(600));
+    assert!(
+        tokio::time::timeout(Duration::from_millis(1), &mut waiting)
+            .await
+            .is_err()
+    );
+    lock.clock().advance(Duration::from_secs(60));
+    let Err(AcquireError::Contended(contention)) = lock.try_acquire(&request).await else {
+        panic!("somebody was there before");
+    };
+    let second = waiting.await.unwrap();
+    assert_eq!(contention.held.unwrap().lock_id, Some(second.lock_id()));
+    assert_eq!(lock.release(first).await.unwrap(), Released::AlreadyGone);
+    assert_eq!(lock.release(second).await.unwrap(), Released::Held);
+}
+
+#[tokio::test]
+async fn a_shorter_extension_leaves_the_end_where_it_was() {
+    let lock = MemoryLock::new();
+    let guard = lock.try_acquire(&request(&name())).await.unwrap();
+    lock.extend(&guard, Duration::from_secs(2)).await.unwrap();
+    lock.stop_heartbeats(&name());
+    lock.advance(Duration::from_millis(8_900));
+    assert!(!guard.is_lost());
+    assert!(lock.inspect(&name()).await.unwrap().is_some());
 }

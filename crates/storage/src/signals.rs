@@ -28,6 +28,8 @@ const RECENT: Duration = Duration::from_secs(5);
 const WAITERS_FORGOTTEN: Duration = Duration::from_secs(30);
 /// How many names may be remembered before old ones are swept out.
 const SWEEP_ABOVE: usize = 1024;
+/// How long an announcement may take; the first poll of a waiter comes no sooner.
+const ANNOUNCE: Duration = Duration::from_millis(250);
 const RECONNECT: Duration = Duration::from_millis(250);
 
 /// The signals of one process.
@@ -137,8 +139,8 @@ impl Subscription {
     pub(crate) async fn announce(&self) {
         let (sent, heard) = oneshot::channel();
         if self.signals.outbox.send(Message::Wait(self.key, sent)).is_ok() {
-            // An error means that there is no listener now: poll.
-            _ = heard.await;
+            // No answer means that there is no listener now: poll.
+            _ = tokio::time::timeout(ANNOUNCE, heard).await;
         }
     }
 

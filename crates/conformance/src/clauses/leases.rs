@@ -266,8 +266,14 @@ pub async fn resume_not_held<P: Provider>(provider: &P) {
     let gone = released.lock_id();
     give_back(&*one, released).await;
     let held = take(&*one, &elsewhere).await;
-    for lock_id in [LockId::new(), gone, held.lock_id()] {
-        let error = other.resume(&free, lock_id).await.expect_err("it is not held");
+    for (request, lock_id) in [
+        (&free, LockId::new()),
+        (&free, gone),
+        (&free, held.lock_id()),
+        (&elsewhere, LockId::new()),
+        (&elsewhere, gone),
+    ] {
+        let error = other.resume(request, lock_id).await.expect_err("it is not held");
         assert!(
             matches!(error, ResumeError::NotHeld { lock_id: told } if told == lock_id),
             "{error:?}"

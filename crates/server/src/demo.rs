@@ -8,6 +8,7 @@ use leasehold_domain::{AcquireError, Holder, LockRequest};
 use tokio::sync::watch;
 
 use crate::auth::{self, NewCredential, Role};
+use crate::cli::Stage;
 use crate::state::{AppState, workspace_lock_name};
 
 /// Known to everybody, and so accepted only by a service that nobody else can reach.
@@ -36,8 +37,8 @@ pub(crate) async fn set_up(conn: &mut AsyncPgConnection) -> QueryResult<()> {
     auth::store(conn, KEY, &credential).await
 }
 
-/// Holds the workspace until `stop` says true.
-pub(crate) async fn hold(state: AppState, mut stop: watch::Receiver<bool>) {
+/// Holds the workspace until the service stops.
+pub(crate) async fn hold(state: AppState, mut stage: watch::Receiver<Stage>) {
     const PAUSE: Duration = Duration::from_secs(1);
     let Ok(name) = workspace_lock_name(TENANT, HELD) else {
         return;
@@ -67,7 +68,7 @@ pub(crate) async fn hold(state: AppState, mut stop: watch::Receiver<bool>) {
     // Dropping the guard releases the lock.
     tokio::select! {
         () = holding => {}
-        _ = stop.wait_for(|stop| *stop) => {}
+        _ = stage.wait_for(|stage| *stage >= Stage::Draining) => {}
     }
 }
 

@@ -15,11 +15,11 @@ const MAX_LIMIT: i64 = 200;
 pub struct PageQuery {
     /// The most items of the page.
     #[serde(default)]
-    #[param(minimum = 1, maximum = 200, default = 50)]
+    #[param(value_type = i64, required = false, minimum = 1, maximum = 200, default = 50)]
     limit: Option<i64>,
     /// `next_cursor` of the page before.
     #[serde(default)]
-    #[param(value_type = Option<String>)]
+    #[param(value_type = String, required = false)]
     cursor: Option<Cursor>,
 }
 

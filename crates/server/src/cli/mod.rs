@@ -18,6 +18,8 @@ use crate::config::ServeConfig;
 /// Bad usage, as `sysexits.h` numbers it.
 const USAGE: u8 = 64;
 
+pub(crate) use serve::Stage;
+
 pub(crate) type Failed = Box<dyn Error + Send + Sync>;
 
 #[derive(Debug, Parser)]

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::serve::ListenerExt;
 use leasehold_domain::LockGuard;
 use leasehold_storage::Database;
 use tokio::net::TcpListener;
@@ -111,7 +112,7 @@ async fn serve_on(
     tracing::info!(%address, lock_mode = state.settings().lock_mode.as_str(), "serving");
 
     let served = until_stopped(config, listener, state, stop).await;
-    stop.now();
+    stop.reach(Stage::Draining);
     end(tasks).await;
     served
 }
@@ -127,7 +128,7 @@ async fn until_stopped(
     let draining = {
         let (state, stop) = (state.clone(), stop.clone());
         async move {
-            stop.wait().await;
+            stop.reached(Stage::Draining).await;
             state.drain();
             tracing::info!(
                 ?grace,
@@ -135,16 +136,25 @@ async fn until_stopped(
             );
         }
     };
+    let listener = listener.tap_io(|connection| {
+        // A small answer must not wait for the client's acknowledgement of the one before.
+        if let Err(error) = connection.set_nodelay(true) {
+            tracing::debug!(%error, "a connection keeps small packets back");
+        }
+    });
     let server = axum::serve(listener, app::router(state))
         .with_graceful_shutdown(draining)
         .into_future();
     let too_late = async {
-        stop.wait().await;
-        tokio::time::sleep(grace).await;
+        stop.reached(Stage::Draining).await;
+        tokio::select! {
+            () = tokio::time::sleep(grace) => {}
+            () = stop.reached(Stage::Leaving) => {}
+        }
     };
     tokio::select! {
         ended = server => ended?,
-        () = too_late => tracing::warn!("requests that did not end within SHUTDOWN_GRACE_SECONDS are cut off"),
+        () = too_late => tracing::warn!("requests that did not end in time are cut off"),
     }
     Ok(())
 }
@@ -174,7 +184,7 @@ async fn stay_alive(
     loop {
         tokio::select! {
             () = alive.lost() => {}
-            _ = stopped.wait_for(|stop| *stop) => return,
+            _ = stopped.wait_for(|stage| *stage >= Stage::Draining) => return,
         }
         alive = loop {
             match mode::enter(&db, &instance).await {
@@ -188,7 +198,7 @@ async fn stay_alive(
         };
         if let Err(error @ mode::ModeError::Disagree { .. }) = mode::agree(&db, mode).await {
             tracing::error!(%error, "stopping");
-            stop.now();
+            stop.reach(Stage::Draining);
             return;
         }
     }
@@ -206,36 +216,55 @@ async fn remove_unused_leases(db: Database, retention: Duration) {
     }
 }
 
+/// How far the service has come on its way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Stage {
+    /// It serves.
+    Serving,
+    /// It takes no new requests.
+    Draining,
+    /// It waits for nothing any more.
+    Leaving,
+}
+
 /// Whether it is time to stop.
 #[derive(Debug)]
-struct Stop(watch::Sender<bool>);
+struct Stop(watch::Sender<Stage>);
 
 impl Stop {
-    /// Listens for SIGINT and SIGTERM from now on.
+    /// Listens for SIGINT and SIGTERM from now on. The first asks to stop, the second not to wait.
     fn on_signals() -> std::io::Result<Arc<Self>> {
-        let stop = Arc::new(Self(watch::Sender::new(false)));
-        for kind in [SignalKind::interrupt(), SignalKind::terminate()] {
-            let mut signals = signal(kind)?;
-            let stop = stop.clone();
-            tokio::spawn(async move {
-                if signals.recv().await.is_some() {
-                    stop.now();
+        let stop = Arc::new(Self(watch::Sender::new(Stage::Serving)));
+        let (mut interrupt, mut terminate) =
+            (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        let signalled = stop.clone();
+        tokio::spawn(async move {
+            for stage in [Stage::Draining, Stage::Leaving] {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
                 }
-            });
-        }
+                signalled.reach(stage);
+            }
+        });
         Ok(stop)
     }
 
-    fn now(&self) {
-        self.0.send_replace(true);
+    /// There is no way back.
+    fn reach(&self, stage: Stage) {
+        self.0.send_if_modified(|current| {
+            let further = stage > *current;
+            *current = stage.max(*current);
+            further
+        });
     }
 
-    fn watch(&self) -> watch::Receiver<bool> {
+    fn watch(&self) -> watch::Receiver<Stage> {
         self.0.subscribe()
     }
 
-    async fn wait(&self) {
+    async fn reached(&self, stage: Stage) {
         // The sender is `self`.
-        drop(self.watch().wait_for(|stop| *stop).await);
+        drop(self.watch().wait_for(|current| *current >= stage).await);
     }
 }

@@ -54,6 +54,10 @@ fn equal_numbers(a: &Number, b: &Number) -> bool {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the values are literals at the call sites"
+)]
 mod tests {
     use super::*;
     use serde_json::json;

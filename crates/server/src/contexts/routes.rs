@@ -154,7 +154,7 @@ pub(crate) async fn delete(
 #[expect(dead_code, reason = "it is documentation")]
 pub(crate) struct Known {
     /// The entity tag of the version that the client has. When that is still the current one the answer is 304.
-    #[param(rename = "If-None-Match", example = "\"7\"")]
+    #[param(rename = "If-None-Match", value_type = String, required = false, example = "\"7\"")]
     if_none_match: Option<String>,
 }
 

@@ -6,7 +6,6 @@ use leasehold_http::FieldError;
 use serde_json::Value;
 
 use crate::default_config::model::Operation;
-use crate::names::ConfigKey;
 
 /// What there is of the keys that a batch deletes.
 #[derive(Clone, Debug, Default)]
@@ -39,11 +38,12 @@ pub struct Put<'a> {
 
 /// The keys that a batch deletes somewhere, whose presence must be known to plan it.
 pub fn deleted_keys(operations: &[Operation]) -> Vec<&str> {
-    let deleted = |operation| match operation {
-        &Operation::Delete { ref key } => Some(ConfigKey::as_str(key)),
-        &Operation::Put { .. } => None,
-    };
-    let keys: BTreeSet<_> = operations.iter().filter_map(deleted).collect();
+    let mut keys = BTreeSet::new();
+    for operation in operations {
+        if let Operation::Delete { key } = operation {
+            keys.insert(key.as_str());
+        }
+    }
     keys.into_iter().collect()
 }
 

@@ -13,7 +13,7 @@ use crate::state::AppState;
 use crate::tenants::model::{NewTenant, Tenant, TenantPath};
 use crate::tenants::store::{self, Deleted};
 
-fn no_tenant() -> Problem {
+pub(crate) fn no_tenant() -> Problem {
     Problem::not_found("there is no such tenant")
 }
 
@@ -98,14 +98,14 @@ pub(crate) async fn delete(
     let id = access.path.tenant.as_str();
     let deleted = state
         .db()
-        .read(async |conn| Ok(store::delete(conn, id).await?))
-        .await;
-    match deleted.map_err(failure::of_work)? {
-        Deleted::Done => Ok(StatusCode::NO_CONTENT),
-        Deleted::OwnsSomething => Err(Problem::invalid([FieldError::new(
-            "tenant",
-            "owns workspaces: delete them first",
-        )])),
-        Deleted::NoSuchTenant => Err(no_tenant()),
-    }
+        .transaction(async |conn| match store::delete(conn, id).await? {
+            Deleted::Done => Ok(StatusCode::NO_CONTENT),
+            Deleted::OwnsSomething => Err(Problem::invalid([FieldError::new(
+                "tenant",
+                "owns workspaces: delete them first",
+            )])
+            .into()),
+            Deleted::NoSuchTenant => Err(no_tenant().into()),
+        });
+    deleted.await.map_err(failure::of_transaction)
 }

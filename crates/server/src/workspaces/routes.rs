@@ -11,11 +11,12 @@ use crate::auth::{Access, Manage, Write};
 use crate::failure;
 use crate::paging::{Page, PageQuery};
 use crate::state::{AppState, WorkspaceLock, workspace_lock_name};
+use crate::tenants;
 use crate::tenants::model::TenantPath;
 use crate::workspaces::model::{
     ForceQuery, InWorkspace, NewWorkspace, Workspace, WorkspaceId, WorkspacePatch, WorkspacePath,
 };
-use crate::workspaces::store;
+use crate::workspaces::store::{self, Created};
 use crate::workspaces::write::{self, WorkspaceWrite};
 
 /// List the workspaces of a tenant
@@ -56,15 +57,15 @@ pub(crate) async fn create(
     let tenant = access.path.tenant.as_str();
     let made = state
         .db()
-        .transaction(async |conn| Ok(store::create(conn, tenant, &new).await?))
-        .await;
-    match made.map_err(failure::of_transaction)? {
-        Some(workspace) => Ok((StatusCode::CREATED, Json(workspace))),
-        None => Err(Problem::new(
-            Code::AlreadyExists,
-            "the tenant has a workspace of that name",
-        )),
-    }
+        .transaction(async |conn| match store::create(conn, tenant, &new).await? {
+            Created::Done(workspace) => Ok(*workspace),
+            Created::NameTaken => {
+                Err(Problem::new(Code::AlreadyExists, "the tenant has a workspace of that name").into())
+            }
+            Created::NoSuchTenant => Err(tenants::routes::no_tenant().into()),
+        });
+    let workspace = made.await.map_err(failure::of_transaction)?;
+    Ok((StatusCode::CREATED, Json(workspace)))
 }
 
 /// Get a workspace

@@ -2,6 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
+use diesel::result::{DatabaseErrorKind, Error};
 use diesel::sql_types::{BigInt, Bool, Nullable, Text, Timestamptz, Uuid as SqlUuid};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use leasehold_http::{LockView, Problem, Timestamp};
@@ -86,18 +87,31 @@ const CREATE: &str = concat!(
     columns!()
 );
 
-/// Makes a workspace; `None` when there is one of that name.
+/// What became of a workspace that was to be made.
+#[derive(Clone, Debug)]
+pub(crate) enum Created {
+    Done(Box<Workspace>),
+    NameTaken,
+    NoSuchTenant,
+}
+
+/// Makes a workspace.
 pub(crate) async fn create(
     conn: &mut AsyncPgConnection,
     tenant: &str,
     new: &NewWorkspace,
-) -> QueryResult<Option<Workspace>> {
+) -> QueryResult<Created> {
     let create = diesel::sql_query(CREATE)
         .bind::<Text, _>(tenant)
         .bind::<Text, _>(new.name.as_str())
         .bind::<Nullable<Text>, _>(&new.description);
-    let row: Option<WorkspaceRow> = Prepared(create).get_result(conn).await.optional()?;
-    Ok(row.map(Workspace::from))
+    match Prepared(create).get_result::<WorkspaceRow>(conn).await.optional() {
+        Ok(Some(row)) => Ok(Created::Done(Box::new(row.into()))),
+        Ok(None) => Ok(Created::NameTaken),
+        // It was there when the caller was let in.
+        Err(Error::DatabaseError(DatabaseErrorKind::ForeignKeyViolation, _)) => Ok(Created::NoSuchTenant),
+        Err(error) => Err(error),
+    }
 }
 
 const LIST: &str = concat!(

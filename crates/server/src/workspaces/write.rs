@@ -11,8 +11,9 @@ use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use diesel_async::AsyncPgConnection;
-use leasehold_domain::{DistributedLock, Durability, Holder, LockRequest};
+use leasehold_domain::{DistributedLock, Durability, Holder, LockGuard, LockRequest};
 use leasehold_http::{Code, LockTarget, Locked, Problem};
+use leasehold_storage::TransactionError;
 use serde::de::DeserializeOwned;
 use utoipa::IntoParams;
 
@@ -117,7 +118,17 @@ where
             Ok((done, version))
         })
         .await;
-    done.map_err(failure::of_transaction)
+    done.map_err(|error| refused(error, guard))
+}
+
+/// A statement that failed because the lock was taken away, and its database session with it, was not at fault.
+fn refused(error: TransactionError<Failure>, guard: &LockGuard) -> Problem {
+    match error {
+        TransactionError::Work(Failure::Database(cause)) if guard.is_lost() => {
+            Problem::lock_lost().because(cause)
+        }
+        other => failure::of_transaction(other),
+    }
 }
 
 /// Runs the statements of a write that makes no version.
@@ -137,7 +148,7 @@ where
             work(conn).await
         })
         .await;
-    done.map_err(failure::of_transaction)
+    done.map_err(|error| refused(error, &locked.guard))
 }
 
 impl<P: InWorkspace> WorkspaceWrite<P> {
@@ -164,7 +175,7 @@ impl<P: InWorkspace> WorkspaceWrite<P> {
 pub(crate) struct Condition {
     /// The version that the write is meant for, as an entity tag. When the workspace is at another one the answer
     /// is 412 and nothing is written.
-    #[param(rename = "If-Match", example = "\"7\"")]
+    #[param(rename = "If-Match", value_type = String, required = false, example = "\"7\"")]
     if_match: Option<String>,
 }
 

@@ -25,12 +25,12 @@ async fn without_a_valid_key_nothing_is_told() {
         ] {
             let answer = api.get(path).await;
             assert_eq!(answer.header("www-authenticate"), Some("Bearer"));
-            let problem = answer.is_problem(401, "unauthenticated");
+            let problem = answer.problem(401, "unauthenticated");
             assert!(!problem.to_string().contains("unknown"));
         }
         api.put(&format!("{MAIN}/default-config/a"), json!({"value": 1}))
             .await
-            .is_problem(401, "unauthenticated");
+            .problem(401, "unauthenticated");
         for open in [
             "/healthz",
             "/readyz",
@@ -56,7 +56,7 @@ async fn roles() {
 
     let put = json!({"value": 1});
     let color = format!("{MAIN}/default-config/color");
-    reader.put(&color, put.clone()).await.is_problem(403, "forbidden");
+    reader.put(&color, put.clone()).await.problem(403, "forbidden");
     for api in [&writer, &admin, &one] {
         api.put(&color, put.clone()).await.is(200);
     }
@@ -70,16 +70,16 @@ async fn roles() {
     reader
         .post(workspaces, json!({"name": "r"}))
         .await
-        .is_problem(403, "forbidden");
+        .problem(403, "forbidden");
     writer.post(workspaces, json!({"name": "w"})).await.is(201);
     let lock = format!("{MAIN}/lock?reason=x");
-    writer.delete(&lock).await.is_problem(403, "forbidden");
-    one.delete(&lock).await.is_problem(404, "not_found");
+    writer.delete(&lock).await.problem(403, "forbidden");
+    one.delete(&lock).await.problem(404, "not_found");
     for api in [&reader, &writer, &one] {
         api.post("/v1/tenants", json!({"id": "new"}))
             .await
-            .is_problem(403, "forbidden");
-        api.delete("/v1/tenants/acme").await.is_problem(403, "forbidden");
+            .problem(403, "forbidden");
+        api.delete("/v1/tenants/acme").await.problem(403, "forbidden");
     }
     admin.post("/v1/tenants", json!({"id": "new"})).await.is(201);
     admin.delete("/v1/tenants/new").await.is(204);
@@ -110,11 +110,11 @@ async fn a_key_of_one_tenant_sees_no_other() {
         let others = one
             .get(&format!("/v1/tenants/other{path}"))
             .await
-            .is_problem(404, "not_found");
+            .problem(404, "not_found");
         let nobodys = one
             .get(&format!("/v1/tenants/none{path}"))
             .await
-            .is_problem(404, "not_found");
+            .problem(404, "not_found");
         assert_eq!(strip(others), strip(nobodys), "{path}");
     }
     let writes = [
@@ -130,7 +130,7 @@ async fn a_key_of_one_tenant_sees_no_other() {
         let path = format!("/v1/tenants/other{path}");
         one.send(method, &path, &[], Some(body.to_string()))
             .await
-            .is_problem(404, "not_found");
+            .problem(404, "not_found");
     }
     one.get(MAIN).await.is(200);
 }
@@ -151,14 +151,14 @@ async fn keys_end() {
     api.with_key(&expired)
         .get(MAIN)
         .await
-        .is_problem(401, "unauthenticated");
+        .problem(401, "unauthenticated");
 
     let update = "UPDATE credentials SET expires_at = clock_timestamp() WHERE subject = 'short'";
     api.client().await.execute(update, &[]).await.unwrap();
     api.with_key(&good)
         .get(MAIN)
         .await
-        .is_problem(401, "unauthenticated");
+        .problem(401, "unauthenticated");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -183,7 +183,7 @@ async fn a_key_for_loopback_is_refused_elsewhere() {
         .with_key(&key)
         .get(MAIN)
         .await
-        .is_problem(401, "unauthenticated");
+        .problem(401, "unauthenticated");
 }
 
 #[tokio::test(flavor = "multi_thread")]

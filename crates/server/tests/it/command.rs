@@ -53,7 +53,8 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn a_value_that_cannot_be_right_stops_the_start() {
-    let refusals: &[(&[(&str, &str)], &[&str])] = &[
+    type Refusal<'a> = (&'a [(&'a str, &'a str)], &'a [&'a str]);
+    let refusals: &[Refusal<'_>] = &[
         (
             &[("LISTEN_ADDR", "8080")],
             &["LISTEN_ADDR", "8080", "127.0.0.1:8080"],
@@ -217,10 +218,7 @@ async fn keys_are_made_listed_and_revoked() {
     assert!(key.starts_with("lh_") && key.lines().count() == 1, "{key}");
     let with_key = api.with_key(key.trim());
     with_key.get(MAIN).await.is(200);
-    with_key
-        .get("/v1/tenants/other")
-        .await
-        .is_problem(404, "not_found");
+    with_key.get("/v1/tenants/other").await.problem(404, "not_found");
 
     let listed: Value = serde_json::from_slice(&of(&["keys", "list", "--json"]).stdout).unwrap();
     let ops = listed
@@ -238,7 +236,7 @@ async fn keys_are_made_listed_and_revoked() {
 
     let id = ops["id"].as_str().unwrap();
     assert!(of(&["keys", "revoke", id]).status.success());
-    with_key.get(MAIN).await.is_problem(401, "unauthenticated");
+    with_key.get(MAIN).await.problem(401, "unauthenticated");
     assert_eq!(of(&["keys", "revoke", id]).status.code(), Some(1));
 
     let nowhere = of(&[

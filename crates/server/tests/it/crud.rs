@@ -38,7 +38,7 @@ async fn tenants(api: Api) {
 
     api.post("/v1/tenants", json!({"id": "zeta"}))
         .await
-        .is_problem(409, "already_exists");
+        .problem(409, "already_exists");
     assert_eq!(api.get("/v1/tenants/zeta").await.is(200), made);
     let list = api.get("/v1/tenants").await.is(200);
     let ids: Vec<_> = list["items"]
@@ -53,11 +53,11 @@ async fn tenants(api: Api) {
     let refused = api
         .delete("/v1/tenants/acme")
         .await
-        .is_problem(422, "invalid_request");
+        .problem(422, "invalid_request");
     assert_eq!(refused["errors"][0]["field"], "tenant");
     api.delete("/v1/tenants/zeta").await.is(204);
-    api.get("/v1/tenants/zeta").await.is_problem(404, "not_found");
-    api.delete("/v1/tenants/zeta").await.is_problem(404, "not_found");
+    api.get("/v1/tenants/zeta").await.problem(404, "not_found");
+    api.delete("/v1/tenants/zeta").await.problem(404, "not_found");
 }
 
 async fn workspaces(api: Api) {
@@ -77,7 +77,7 @@ async fn workspaces(api: Api) {
     );
     api.post(list, json!({"name": "plan"}))
         .await
-        .is_problem(409, "already_exists");
+        .problem(409, "already_exists");
     let plan = format!("{list}/plan");
     let got = api.get(&plan).await.is(200);
     assert_eq!(got, made);
@@ -117,14 +117,12 @@ async fn workspaces(api: Api) {
         "/config",
         "/lock",
     ] {
-        api.get(&format!("{plan}{gone}"))
-            .await
-            .is_problem(404, "not_found");
+        api.get(&format!("{plan}{gone}")).await.problem(404, "not_found");
     }
-    api.delete(&plan).await.is_problem(404, "not_found");
+    api.delete(&plan).await.problem(404, "not_found");
     api.patch(&plan, json!({"description": "x"}))
         .await
-        .is_problem(404, "not_found");
+        .problem(404, "not_found");
 }
 
 async fn a_workspace_that_comes_back_has_higher_tokens(api: Api) {
@@ -147,7 +145,7 @@ async fn a_workspace_that_comes_back_has_higher_tokens(api: Api) {
 
 async fn default_config(api: Api) {
     let color = format!("{MAIN}/default-config/color");
-    api.get(&color).await.is_problem(404, "not_found");
+    api.get(&color).await.problem(404, "not_found");
     let put = api
         .put(&color, json!({"value": "blue", "description": "of the sky"}))
         .await
@@ -172,7 +170,7 @@ async fn default_config(api: Api) {
         api.delete(&color).await.is(200),
         json!({"key": "color", "version": 3})
     );
-    api.delete(&color).await.is_problem(404, "not_found");
+    api.delete(&color).await.problem(404, "not_found");
     assert_eq!(
         api.get(MAIN).await.is(200)["version"],
         3,
@@ -208,7 +206,7 @@ async fn keys_may_have_any_name_and_any_value(api: Api) {
         let path = format!("{MAIN}/default-config/{bad}");
         api.put(&path, json!({"value": 1}))
             .await
-            .is_problem(400, "invalid_request");
+            .problem(400, "invalid_request");
     }
 }
 
@@ -237,7 +235,7 @@ async fn batches(api: Api) {
         {"op": "delete", "key": "a"},
     ]))
     .await
-    .is_problem(422, "invalid_request");
+    .problem(422, "invalid_request");
     let fields: Vec<_> = bad["errors"]
         .as_array()
         .unwrap()
@@ -253,8 +251,8 @@ async fn batches(api: Api) {
             .map(|n| json!({"op": "put", "key": format!("k{n}"), "value": n}))
             .collect()
     };
-    send(many(0)).await.is_problem(422, "invalid_request");
-    send(many(1_001)).await.is_problem(422, "invalid_request");
+    send(many(0)).await.problem(422, "invalid_request");
+    send(many(1_001)).await.problem(422, "invalid_request");
     assert_eq!(
         send(many(1_000)).await.is(200),
         json!({"version": 2, "applied": 1000})
@@ -278,7 +276,7 @@ async fn batches(api: Api) {
         (json!({"op": "upsert", "key": "a", "value": 1}), "operations[0]"),
         (json!({"op": "delete", "key": "a", "value": 1}), "operations[0]"),
     ] {
-        let problem = send(json!([operation])).await.is_problem(422, "invalid_request");
+        let problem = send(json!([operation])).await.problem(422, "invalid_request");
         assert!(
             problem["errors"][0]["field"].as_str().unwrap().starts_with(field),
             "{problem:#}"
@@ -304,7 +302,7 @@ async fn contexts(api: Api) {
     let problem = api
         .post(&list, unknown.clone())
         .await
-        .is_problem(422, "invalid_request");
+        .problem(422, "invalid_request");
     let fields: Vec<_> = problem["errors"]
         .as_array()
         .unwrap()
@@ -312,7 +310,7 @@ async fn contexts(api: Api) {
         .map(|error| error["field"].clone())
         .collect();
     assert_eq!(fields, ["overrides.colour", "overrides.size"]);
-    api.put(&one, unknown).await.is_problem(422, "invalid_request");
+    api.put(&one, unknown).await.problem(422, "invalid_request");
 
     let changed = api
         .put(&one, json!({"condition": {}, "overrides": {"color": "green"}}))
@@ -326,23 +324,23 @@ async fn contexts(api: Api) {
 
     // A key that a context overrides must stay.
     let color = format!("{MAIN}/default-config/color");
-    api.delete(&color).await.is_problem(422, "invalid_request");
+    api.delete(&color).await.problem(422, "invalid_request");
     let operations = json!({"operations": [{"op": "delete", "key": "color"}]});
     let problem = api
         .post(&format!("{MAIN}/default-config/batch"), operations)
         .await
-        .is_problem(422, "invalid_request");
+        .problem(422, "invalid_request");
     assert_eq!(problem["errors"][0]["field"], "operations[0]");
 
     assert_eq!(api.delete(&one).await.is(200), json!({"id": id, "version": 4}));
-    api.delete(&one).await.is_problem(404, "not_found");
+    api.delete(&one).await.problem(404, "not_found");
     api.put(&one, json!({"condition": {}, "overrides": {}}))
         .await
-        .is_problem(404, "not_found");
+        .problem(404, "not_found");
     api.delete(&color).await.is(200);
     api.put(&format!("{list}/7"), json!({"condition": {}, "overrides": {}}))
         .await
-        .is_problem(400, "invalid_request");
+        .problem(400, "invalid_request");
 }
 
 async fn config_and_resolve(api: Api) {
@@ -409,10 +407,10 @@ async fn config_and_resolve(api: Api) {
     }
     api.post(&format!("{MAIN}/resolve"), json!({}))
         .await
-        .is_problem(422, "invalid_request");
+        .problem(422, "invalid_request");
     api.post("/v1/tenants/acme/workspaces/none/resolve", json!({"context": {}}))
         .await
-        .is_problem(404, "not_found");
+        .problem(404, "not_found");
 }
 
 async fn versions_and_restore(api: Api) {
@@ -513,19 +511,19 @@ async fn if_match(api: Api) {
         api.send(Method::PUT, &color, &[("if-match", tags)], Some(body))
             .await
     };
-    put("\"1\"").await.is_problem(412, "version_mismatch");
+    put("\"1\"").await.problem(412, "version_mismatch");
     put("\"0\"").await.is(200);
-    put("\"0\"").await.is_problem(412, "version_mismatch");
-    put("W/\"1\"").await.is_problem(412, "version_mismatch");
+    put("\"0\"").await.problem(412, "version_mismatch");
+    put("W/\"1\"").await.problem(412, "version_mismatch");
     put("*").await.is(200);
     put("\"1\", \"2\"").await.is(200);
-    put("3").await.is_problem(400, "invalid_request");
+    put("3").await.problem(400, "invalid_request");
 
     let stale = [("if-match", "\"1\"")];
     let send = async |method, path: String, body: Option<Value>| {
         api.send(method, &path, &stale, body.map(|body| body.to_string()))
             .await
-            .is_problem(412, "version_mismatch")
+            .problem(412, "version_mismatch")
     };
     let id = "00000000-0000-0000-0000-000000000000";
     let context = json!({"condition": {}, "overrides": {}});
@@ -555,7 +553,7 @@ async fn if_match(api: Api) {
     let body = Some(json!({"value": 1}).to_string());
     api.send(Method::PUT, elsewhere, &stale, body)
         .await
-        .is_problem(404, "not_found");
+        .problem(404, "not_found");
     assert_eq!(api.get(MAIN).await.is(200)["version"], 3);
 }
 
@@ -631,55 +629,53 @@ async fn lists_are_paged_oldest_first(api: Api) {
 async fn what_cannot_be_read_or_breaks_a_rule(api: Api) {
     let color = format!("{MAIN}/default-config/color");
     let put = async |body: &str| api.send(Method::PUT, &color, &[], Some(body.to_owned())).await;
-    put("{").await.is_problem(400, "invalid_request");
-    put("").await.is_problem(400, "invalid_request");
-    put("{}").await.is_problem(422, "invalid_request");
-    put("[]").await.is_problem(422, "invalid_request");
+    put("{").await.problem(400, "invalid_request");
+    put("").await.problem(400, "invalid_request");
+    put("{}").await.problem(422, "invalid_request");
+    put("[]").await.problem(422, "invalid_request");
     put(r#"{"value":1,"valeu":1}"#)
         .await
-        .is_problem(422, "invalid_request");
-    put(r#"{"value":"\u0000"}"#)
-        .await
-        .is_problem(422, "invalid_request");
+        .problem(422, "invalid_request");
+    put(r#"{"value":"\u0000"}"#).await.problem(422, "invalid_request");
     put(&json!({"value": 1, "description": "x".repeat(4097)}).to_string())
         .await
-        .is_problem(422, "invalid_request");
+        .problem(422, "invalid_request");
     let text = [("content-type", "text/plain")];
     let body = Some(json!({"value": 1}).to_string());
     api.send(Method::PUT, &color, &text, body)
         .await
-        .is_problem(415, "invalid_request");
+        .problem(415, "invalid_request");
     put(&json!({"value": "x".repeat(1024 * 1024)}).to_string())
         .await
-        .is_problem(413, "invalid_request");
+        .problem(413, "invalid_request");
     let operations =
         |bytes: usize| json!({"operations": [{"op": "put", "key": "a", "value": "x".repeat(bytes)}]});
     let batch = format!("{MAIN}/default-config/batch");
     api.post(&batch, operations(2 * 1024 * 1024)).await.is(200);
     api.post(&batch, operations(8 * 1024 * 1024))
         .await
-        .is_problem(413, "invalid_request");
+        .problem(413, "invalid_request");
 
     api.send(Method::POST, &color, &[], None)
         .await
-        .is_problem(405, "method_not_allowed");
-    api.get("/v2").await.is_problem(404, "not_found");
+        .problem(405, "method_not_allowed");
+    api.get("/v2").await.problem(404, "not_found");
     for id in ["", "A", "a b", "-a", "é", &"a".repeat(64)] {
         let problem = api
             .post("/v1/tenants", json!({"id": id}))
             .await
-            .is_problem(422, "invalid_request");
+            .problem(422, "invalid_request");
         assert_eq!(problem["errors"][0]["field"], "id");
         api.post("/v1/tenants/acme/workspaces", json!({"name": id}))
             .await
-            .is_problem(422, "invalid_request");
+            .problem(422, "invalid_request");
     }
     api.get("/v1/tenants/acme/workspaces/A")
         .await
-        .is_problem(400, "invalid_request");
+        .problem(400, "invalid_request");
     api.get("/v1/tenants/acme/workspaces/%FF")
         .await
-        .is_problem(400, "invalid_request");
+        .problem(400, "invalid_request");
     assert_eq!(
         api.get(MAIN).await.is(200)["version"],
         1,

@@ -144,11 +144,11 @@ async fn what_is_open_to_everybody() {
         );
         assert!(markdown.body.as_str().unwrap().starts_with("# "));
     }
-    api.get("/problems/none").await.is_problem(404, "not_found");
+    api.get("/problems/none").await.problem(404, "not_found");
 
     assert_eq!(api.get("/healthz").await.is(200)["status"], "ok");
     assert_eq!(api.get("/readyz").await.is(200)["status"], "ok");
     api.state.drain();
-    api.get("/readyz").await.is_problem(503, "unavailable");
+    api.get("/readyz").await.problem(503, "unavailable");
     assert_eq!(api.get("/healthz").await.is(200)["status"], "ok");
 }

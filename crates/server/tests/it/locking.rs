@@ -34,38 +34,36 @@ async fn the_order_of_answers_while_locked(api: Api) {
         api.send(Method::PUT, path, &[], Some(body.to_owned())).await
     };
     // Each of these is wrong in every later way as well.
-    put(&stranger, &color, "{")
-        .await
-        .is_problem(401, "unauthenticated");
+    put(&stranger, &color, "{").await.problem(401, "unauthenticated");
     put(&reader, "/v1/tenants/none/workspaces/main/default-config/a", "{")
         .await
-        .is_problem(403, "forbidden");
+        .problem(403, "forbidden");
     put(&api, "/v1/tenants/none/workspaces/main/default-config/%20", "{")
         .await
-        .is_problem(404, "not_found");
-    put(&other, &color, "{").await.is_problem(404, "not_found");
+        .problem(404, "not_found");
+    put(&other, &color, "{").await.problem(404, "not_found");
     put(&api, "/v1/tenants/acme/workspaces/none/default-config/%20", "{")
         .await
-        .is_problem(400, "invalid_request");
+        .problem(400, "invalid_request");
     put(&api, "/v1/tenants/acme/workspaces/none/default-config/a", "{")
         .await
-        .is_problem(400, "invalid_request");
+        .problem(400, "invalid_request");
     put(&api, "/v1/tenants/acme/workspaces/none/default-config/a", "{}")
         .await
-        .is_problem(422, "invalid_request");
+        .problem(422, "invalid_request");
     let valid = json!({"value": 1}).to_string();
     put(&api, "/v1/tenants/acme/workspaces/none/default-config/a", &valid)
         .await
-        .is_problem(404, "not_found");
-    put(&api, &color, "{").await.is_problem(400, "invalid_request");
-    put(&api, &color, "{}").await.is_problem(422, "invalid_request");
+        .problem(404, "not_found");
+    put(&api, &color, "{").await.problem(400, "invalid_request");
+    put(&api, &color, "{}").await.problem(422, "invalid_request");
     let stale = [("if-match", "\"9\"")];
     api.send(Method::PUT, &color, &stale, Some(valid.clone()))
         .await
-        .is_problem(409, "workspace_locked");
+        .problem(409, "workspace_locked");
     api.delete(&format!("{MAIN}/default-config/missing"))
         .await
-        .is_problem(409, "workspace_locked");
+        .problem(409, "workspace_locked");
 
     // What reads is never locked.
     api.post(&format!("{MAIN}/resolve"), json!({"context": {}}))
@@ -93,7 +91,7 @@ async fn the_order_of_answers_while_locked(api: Api) {
     api.release(guard).await;
     api.send(Method::PUT, &color, &stale, Some(valid.clone()))
         .await
-        .is_problem(412, "version_mismatch");
+        .problem(412, "version_mismatch");
     put(&api, &color, &valid).await.is(200);
 }
 
@@ -141,7 +139,7 @@ async fn every_write_is_refused_and_told_the_holder(api: Api) {
         let answer = api
             .send(method.clone(), &path, &[], body.map(|body| body.to_string()))
             .await;
-        let problem = answer.is_problem(409, "workspace_locked");
+        let problem = answer.problem(409, "workspace_locked");
         assert_eq!(
             (&problem["retryable"], &problem["instance"]),
             (&json!(true), &json!(path)),
@@ -154,9 +152,7 @@ async fn every_write_is_refused_and_told_the_holder(api: Api) {
 
     api.release(guard).await;
     assert_eq!(api.get(MAIN).await.is(200).get("workspace_lock"), None);
-    api.get(&format!("{MAIN}/lock"))
-        .await
-        .is_problem(404, "not_found");
+    api.get(&format!("{MAIN}/lock")).await.problem(404, "not_found");
     assert_eq!(api.get(MAIN).await.is(200)["version"], 1, "nothing was written");
 }
 
@@ -175,7 +171,7 @@ async fn versions_have_no_gap_and_no_double(api: Api) {
                     match answer.status {
                         200 => versions.push(answer.body["version"].as_i64().unwrap()),
                         409 => {
-                            let problem = answer.is_problem(409, "workspace_locked");
+                            let problem = answer.problem(409, "workspace_locked");
                             assert!(problem["retry_after_ms"].as_u64().unwrap() > 0);
                         }
                         other => panic!("{other}: {:#}", answer.body),
@@ -216,7 +212,7 @@ async fn one_client_never_meets_its_own_lock(api: Api) {
             .is(200);
         assert_eq!(put["version"], n);
         let refused = api.delete(&format!("{MAIN}/default-config/missing")).await;
-        refused.is_problem(404, "not_found");
+        refused.problem(404, "not_found");
     }
 }
 
@@ -234,7 +230,7 @@ async fn whoever_waits_gets_it(api: Api) {
     };
     let late = put("wait=0").await;
     assert_eq!(late.header("preference-applied"), Some("wait=0"));
-    late.is_problem(409, "workspace_locked");
+    late.problem(409, "workspace_locked");
 
     let (waited, ()) = tokio::join!(put("respond-async, wait=600"), async {
         // Long enough that it looks at least once.
@@ -277,10 +273,10 @@ async fn too_many_waiters_are_sent_away(api: Api) {
             short.await.status == 503
         })
         .await;
-        put().await.is_problem(503, "unavailable");
+        put().await.problem(503, "unavailable");
         few.put(&path, json!({"value": 1}))
             .await
-            .is_problem(409, "workspace_locked");
+            .problem(409, "workspace_locked");
         few.release(guard).await;
     });
     first.is(200);
@@ -290,25 +286,25 @@ async fn a_lock_can_be_taken_away(api: Api) {
     let lock = format!("{MAIN}/lock");
     api.delete(&format!("{lock}?reason=nobody"))
         .await
-        .is_problem(404, "not_found");
+        .problem(404, "not_found");
     let guard = api.hold("acme", "main").await;
-    api.delete(&lock).await.is_problem(400, "invalid_request");
+    api.delete(&lock).await.problem(400, "invalid_request");
     api.delete(&format!("{lock}?reason="))
         .await
-        .is_problem(422, "invalid_request");
+        .problem(422, "invalid_request");
     api.delete(&format!("{lock}?reason={}", "x".repeat(257)))
         .await
-        .is_problem(422, "invalid_request");
+        .problem(422, "invalid_request");
     let writer = api.with_key(&api.new_key("w", Role::Writer, Some("acme")).await);
     writer
         .delete(&format!("{lock}?reason=mine"))
         .await
-        .is_problem(403, "forbidden");
+        .problem(403, "forbidden");
     let foreign = api.with_key(&api.new_key("f", Role::Admin, Some("other")).await);
     foreign
         .delete(&format!("{lock}?reason=mine"))
         .await
-        .is_problem(404, "not_found");
+        .problem(404, "not_found");
 
     let ended = api
         .delete(&format!("{lock}?reason=the+holder+is+on+holiday"))
@@ -350,9 +346,7 @@ async fn a_refused_write_leaves_nothing_behind(api: Api) {
     for (method, path, body) in bad {
         let answer = api.send(method, path, &[], body.map(str::to_owned)).await;
         assert!((400..=422).contains(&answer.status));
-        api.get(&format!("{MAIN}/lock"))
-            .await
-            .is_problem(404, "not_found");
+        api.get(&format!("{MAIN}/lock")).await.problem(404, "not_found");
     }
     let held = "SELECT count(*) FROM workspaces WHERE workspace_lock_id IS NOT NULL";
     let advisory = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'

@@ -201,7 +201,7 @@ impl Answer {
 
     /// Goes on with a problem that has this status and code.
     #[track_caller]
-    pub(crate) fn is_problem(self, status: u16, code: &str) -> Value {
+    pub(crate) fn problem(self, status: u16, code: &str) -> Value {
         assert_eq!(
             (self.status, self.body["code"].as_str()),
             (status, Some(code)),

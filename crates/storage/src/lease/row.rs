@@ -221,7 +221,7 @@ impl RowLease {
             Durability::WithWrite => &self.table.acquire_with_write,
         };
         let holder = request.holder();
-        let mut last_try = false;
+        let mut unanswered = None;
         loop {
             let mut query = diesel::sql_query(sql)
                 .into_boxed::<diesel::pg::Pg>()
@@ -243,9 +243,11 @@ impl RowLease {
                 .pool
                 .run(async |conn| Ok::<AcquireRow, StorageError>(Prepared(query).get_result(conn).await?))
                 .await;
-            match result {
-                Err(error) if error.is_outcome_unknown() && !last_try => last_try = true,
-                result => return result,
+            match (result, unanswered.take()) {
+                (Err(error), None) if error.is_outcome_unknown() => unanswered = Some(error),
+                // The second was not even sent, or was refused: what became of the first is still not known.
+                (Err(_), Some(first)) => return Err(first),
+                (result, _) => return result,
             }
         }
     }

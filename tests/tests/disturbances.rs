@@ -1,0 +1,248 @@
+//! Servers that restart, callers that go away, runtimes that end: what remains works.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use leasehold_domain::DistributedLock;
+use leasehold_embedded::Cluster;
+use leasehold_storage::{Database, TransactionError};
+use leasehold_system_tests::database::TestDatabase;
+use leasehold_system_tests::patience::{PATIENCE, eventually, in_time};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::bench::{
+    Bench, Failure, MODES, create_table, for_a_write, insert, lock, named, write_under, written,
+};
+
+/// One backend is killed, which makes Postgres end all sessions and recover: a crash and a restart.
+#[tokio::test(flavor = "multi_thread")]
+async fn heavy_a_server_that_restarts_under_load_is_used_again_within_five_seconds() {
+    let cluster = tokio::task::spawn_blocking(|| Cluster::temporary().start().unwrap())
+        .await
+        .unwrap();
+    for mode in MODES {
+        let database = TestDatabase::create_on(&cluster.url("postgres")).await;
+        create_table(&database.client().await).await;
+        let process = Database::connect(database.options(), 4).await.unwrap();
+        let (next, stop) = (Arc::new(AtomicI64::new(1)), Arc::new(AtomicBool::new(false)));
+        let (sure, doubtful) = (
+            Arc::new(Mutex::new(BTreeSet::new())),
+            Arc::new(Mutex::new(BTreeSet::new())),
+        );
+        let last_failure = Arc::new(Mutex::new(Instant::now()));
+        let writers: Vec<_> = (0..8)
+            .map(|_| {
+                let (process, next, stop) = (process.clone(), Arc::clone(&next), Arc::clone(&stop));
+                let (sure, doubtful) = (Arc::clone(&sure), Arc::clone(&doubtful));
+                let last_failure = Arc::clone(&last_failure);
+                tokio::spawn(async move {
+                    let lock = lock(&process, mode);
+                    while !stop.load(Ordering::Relaxed) {
+                        let value = next.fetch_add(1, Ordering::Relaxed);
+                        let request = for_a_write("plan").with_ttl(Duration::from_secs(1));
+                        let Ok(guard) = lock.acquire(&request, Duration::from_secs(20)).await else {
+                            *last_failure.lock().unwrap() = Instant::now();
+                            continue;
+                        };
+                        match write_under(&process, &guard, value).await {
+                            Ok(()) => _ = sure.lock().unwrap().insert(value),
+                            Err(TransactionError::OutcomeUnknown { .. }) => {
+                                doubtful.lock().unwrap().insert(value);
+                            }
+                            Err(_) => *last_failure.lock().unwrap() = Instant::now(),
+                        }
+                        drop(lock.release(guard).await);
+                    }
+                })
+            })
+            .collect();
+        let progress = async |more: usize| {
+            let goal = sure.lock().unwrap().len() + more;
+            eventually("writes go on", async || sure.lock().unwrap().len() >= goal).await;
+        };
+        progress(50).await;
+        let victim: i32 = {
+            let client = database.client().await;
+            client
+                .query_one("SELECT pg_backend_pid()", &[])
+                .await
+                .unwrap()
+                .get(0)
+        };
+        // That session is gone or goes; any other of the load will do.
+        let client = database.client().await;
+        let sql = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> $1
+                   AND pid <> pg_backend_pid() AND backend_type = 'client backend' LIMIT 1";
+        let victim: i32 = client.query_one(sql, &[&victim]).await.unwrap().get(0);
+        kill_process(Pid::from_raw(victim).unwrap(), Signal::KILL).unwrap();
+        eventually("the server is up again", async || match tokio_postgres::connect(
+            database.url(),
+            tokio_postgres::NoTls,
+        )
+        .await
+        {
+            Ok((client, driver)) => {
+                tokio::spawn(async move { driver.await.ok() });
+                client.batch_execute("SELECT").await.is_ok()
+            }
+            Err(_) => false,
+        })
+        .await;
+        let up = Instant::now();
+        progress(50).await;
+        let recovered = up.elapsed();
+        assert!(recovered < Duration::from_secs(5), "{mode:?}: {recovered:?}");
+        stop.store(true, Ordering::Relaxed);
+        for writer in writers {
+            in_time("a writer", writer).await.unwrap();
+        }
+        // What was told is true.
+        let written: BTreeSet<i64> = written(&database.client().await).await.into_iter().collect();
+        let (sure, doubtful) = (sure.lock().unwrap(), doubtful.lock().unwrap());
+        assert!(
+            sure.is_subset(&written),
+            "{mode:?}: lost {:?}",
+            sure.difference(&written)
+        );
+        let surplus: BTreeSet<i64> = written.difference(&sure).copied().collect();
+        assert!(
+            surplus.is_subset(&doubtful),
+            "{mode:?}: {surplus:?} was written, and denied"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_pool_is_whole_after_five_hundred_aborted_waiters() {
+    let bench = Bench::start(3).await;
+    for mode in MODES {
+        let lock: Arc<dyn DistributedLock> = Arc::from(bench.lock(mode));
+        let held = lock.try_acquire(&named("plan")).await.unwrap();
+        let waiters: Vec<_> = (0..500)
+            .map(|_| {
+                let lock = Arc::clone(&lock);
+                tokio::spawn(async move {
+                    lock.acquire(&named("plan"), Duration::from_secs(60))
+                        .await
+                        .map(drop)
+                })
+            })
+            .collect();
+        // At all stages: some have not begun, one tries, most wait, and some get the lock while they are aborted.
+        let mut held = Some(held);
+        for (number, waiter) in waiters.iter().enumerate() {
+            if number == 250 {
+                held.take();
+            }
+            if number % 5 == 0 {
+                tokio::task::yield_now().await;
+            }
+            waiter.abort();
+        }
+        for waiter in waiters {
+            // Aborted, or it had the lock already.
+            assert!(
+                waiter
+                    .await
+                    .map_or_else(|error| error.is_cancelled(), |got| got.is_ok())
+            );
+        }
+        eventually("nobody holds it", async || {
+            lock.inspect(named("plan").name()).await.unwrap().is_none()
+        })
+        .await;
+        lock.release(lock.try_acquire(&named("plan")).await.unwrap())
+            .await
+            .unwrap();
+        eventually("no lock is left", async || {
+            bench.database.advisory_locks(&bench.client).await == 0
+        })
+        .await;
+        // All connections of the pool at once.
+        let arrived = tokio::sync::Barrier::new(3);
+        let all = (0..3).map(|_| {
+            bench.process.read(async |_| {
+                arrived.wait().await;
+                Ok::<_, Failure>(())
+            })
+        });
+        for done in in_time("all connections", futures_util::future::join_all(all)).await {
+            done.unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_guard_can_be_dropped_after_its_runtime_has_ended() {
+    let start = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    for mode in MODES {
+        let runtime = start();
+        let (database, process, guard) = runtime.block_on(async {
+            let database = TestDatabase::create().await;
+            let process = Database::connect(database.options(), 2).await.unwrap();
+            let guard = lock(&process, mode).try_acquire(&named("plan")).await.unwrap();
+            (database, process, guard)
+        });
+        runtime.shutdown_timeout(PATIENCE);
+        drop(guard);
+        let runtime = start();
+        runtime.block_on(async {
+            let other = Database::connect(database.options(), 2).await.unwrap();
+            let lock = lock(&other, mode);
+            let next = lock.acquire(&named("plan"), PATIENCE).await.unwrap();
+            lock.release(next).await.unwrap();
+        });
+        drop(process);
+    }
+}
+
+/// Everything that can be awaited is dropped after every number of polls.
+#[tokio::test(flavor = "multi_thread")]
+async fn futures_that_are_dropped_at_any_poll_leave_nothing() {
+    let bench = Bench::start(3).await;
+    for mode in MODES {
+        let lock = bench.lock(mode);
+        for polls in 0..60 {
+            let mut all = Box::pin(async {
+                let guard = lock.acquire(&for_a_write("plan"), PATIENCE).await.unwrap();
+                lock.extend(&guard, Duration::from_secs(30)).await.unwrap();
+                lock.inspect(guard.name()).await.unwrap();
+                let write = bench.process.fenced_transaction_releasing(&guard, async |conn| {
+                    insert(conn, -polls).await.or(Ok::<_, Failure>(()))
+                });
+                drop(write.await);
+                lock.release(guard).await.unwrap();
+            });
+            for _ in 0..polls {
+                if (&mut all).now_or_never().is_some() {
+                    break;
+                }
+                // Time for what it waits for to come.
+                tokio::time::sleep(Duration::from_micros(200)).await;
+            }
+            drop(all);
+            eventually("the lock is free", async || {
+                lock.inspect(for_a_write("plan").name()).await.unwrap().is_none()
+            })
+            .await;
+        }
+        eventually("no lock is left", async || {
+            bench.database.advisory_locks(&bench.client).await == 0
+        })
+        .await;
+    }
+    eventually("no connection is in use", async || {
+        let pool = bench.process.pool().state();
+        pool.open == pool.idle
+    })
+    .await;
+}

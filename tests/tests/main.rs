@@ -1,0 +1,9 @@
+//! Leasehold from outside: what goes over the wire, what reaches the disk, what clients of the service see.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail their test")]
+
+mod answers;
+mod bench;
+mod budgets;
+mod disturbances;
+mod heartbeat;

@@ -28,12 +28,12 @@ const TABLES: &str = "
     WITH relations AS (
         SELECT c.oid, c.relkind, n.nspname || '.' || c.relname AS name, c.relpersistence, c.reloptions
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE n.nspname IN ('public', 'leasehold') AND c.relkind IN ('r', 'v', 'S')
+        WHERE n.nspname IN ('public', 'leasehold') AND c.relkind IN ('r', 'v')
     )
     SELECT line FROM (
         SELECT name AS of, 0 AS part, 0 AS place,
                CASE WHEN relpersistence = 'u' THEN 'unlogged ' ELSE '' END
-               || CASE relkind WHEN 'r' THEN 'table ' WHEN 'v' THEN 'view ' ELSE 'sequence ' END || name
+               || CASE relkind WHEN 'r' THEN 'table ' ELSE 'view ' END || name
                || coalesce(' with (' || array_to_string(reloptions, ', ') || ')', '') AS line
         FROM relations
         UNION ALL
@@ -46,11 +46,10 @@ const TABLES: &str = "
                || coalesce(' default ' || pg_get_expr(d.adbin, d.adrelid), '')
         FROM relations r JOIN pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0 AND NOT a.attisdropped
              LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
-        WHERE r.relkind <> 'S'
         UNION ALL
         SELECT name, 2, row_number() OVER (PARTITION BY name ORDER BY k.conname)::int,
                '  constraint ' || k.conname || ' ' || pg_get_constraintdef(k.oid)
-        FROM relations r JOIN pg_constraint k ON k.conrelid = r.oid
+        FROM relations r JOIN pg_constraint k ON k.conrelid = r.oid AND k.contype <> 'n' -- told by the column
         UNION ALL
         SELECT name, 3, row_number() OVER (PARTITION BY name ORDER BY i.indexrelid::regclass::text)::int,
                '  ' || pg_get_indexdef(i.indexrelid)

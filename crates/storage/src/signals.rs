@@ -26,7 +26,7 @@ const FREE_CHANNEL: &str = "leasehold_free";
 const RECENT: Duration = Duration::from_secs(5);
 /// After this time without another announcement a waiter is believed to be gone.
 const WAITERS_FORGOTTEN: Duration = Duration::from_secs(30);
-/// How many names may be remembered before old ones are swept out.
+/// How many names may be remembered before old ones are swept out for the first time.
 const SWEEP_ABOVE: usize = 1024;
 /// How long an announcement may take; the first poll of a waiter comes no sooner.
 const ANNOUNCE: Duration = Duration::from_millis(250);
@@ -44,14 +44,62 @@ struct State {
     names: Mutex<Names>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Names {
-    /// Names that other processes wait for, and when they last said so.
-    wanted: HashMap<i64, Instant>,
-    /// Names that this process released, and when.
-    released: HashMap<i64, Instant>,
+    /// Names that other processes wait for.
+    wanted: Recent,
+    /// Names that this process released.
+    released: Recent,
     /// Waiters of this process.
     waiting: HashMap<i64, Arc<Notify>>,
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        Self {
+            wanted: Recent::within(WAITERS_FORGOTTEN),
+            released: Recent::within(RECENT),
+            waiting: HashMap::new(),
+        }
+    }
+}
+
+/// Names that something has happened to not long ago.
+#[derive(Debug)]
+struct Recent {
+    last: HashMap<i64, Instant>,
+    within: Duration,
+    sweep_above: usize,
+}
+
+impl Recent {
+    fn within(within: Duration) -> Self {
+        Self {
+            last: HashMap::new(),
+            within,
+            sweep_above: SWEEP_ABOVE,
+        }
+    }
+
+    fn note(&mut self, key: i64) {
+        let now = Instant::now();
+        // At twice what was left the last time: however many names there are, a note costs the same on average.
+        if self.last.len() > self.sweep_above {
+            self.last.retain(|_, at| now - *at < self.within);
+            self.sweep_above = SWEEP_ABOVE.max(2 * self.last.len());
+        }
+        self.last.insert(key, now);
+    }
+
+    fn has(&self, key: i64) -> bool {
+        self.last.get(&key).is_some_and(|at| at.elapsed() < self.within)
+    }
+
+    fn take(&mut self, key: i64) -> bool {
+        self.last
+            .remove(&key)
+            .is_some_and(|at| at.elapsed() < self.within)
+    }
 }
 
 #[derive(Debug)]
@@ -85,17 +133,10 @@ impl Signals {
 
     /// Says that this process has released a name. Never blocks.
     pub(crate) fn freed(&self, key: i64) {
-        let now = Instant::now();
         let wanted = {
             let mut names = self.state.names();
-            if names.released.len() > SWEEP_ABOVE {
-                names.released.retain(|_, at| now - *at < RECENT);
-            }
-            names.released.insert(key, now);
-            names
-                .wanted
-                .remove(&key)
-                .is_some_and(|at| now - at < WAITERS_FORGOTTEN)
+            names.released.note(key);
+            names.wanted.take(key)
         };
         if wanted {
             // Without a listener nobody hears; the waiters poll.
@@ -105,11 +146,7 @@ impl Signals {
 
     /// Whether another process is known to wait for the name.
     pub(crate) fn is_wanted(&self, key: i64) -> bool {
-        self.state
-            .names()
-            .wanted
-            .get(&key)
-            .is_some_and(|at| at.elapsed() < WAITERS_FORGOTTEN)
+        self.state.names().wanted.has(key)
     }
 
     /// Tells other processes that this one waits for a name, and hears when one of them frees it. Try again
@@ -221,14 +258,10 @@ async fn listen(
             }
             match notification.channel() {
                 WAIT_CHANNEL => {
-                    let now = Instant::now();
                     let just_released = {
                         let mut names = state.names();
-                        if names.wanted.len() > SWEEP_ABOVE {
-                            names.wanted.retain(|_, at| now - *at < WAITERS_FORGOTTEN);
-                        }
-                        names.wanted.insert(key, now);
-                        names.released.get(&key).is_some_and(|at| now - *at < RECENT)
+                        names.wanted.note(key);
+                        names.released.has(key)
                     };
                     if just_released && let Some(client) = replies.upgrade() {
                         notify(&client, FREE_CHANNEL, key).await;

@@ -19,7 +19,7 @@ pub struct PageQuery {
     limit: Option<i64>,
     /// `next_cursor` of the page before.
     #[serde(default)]
-    #[param(value_type = String, required = false)]
+    #[param(value_type = String, required = false, min_length = 1)]
     cursor: Option<Cursor>,
 }
 

@@ -8,9 +8,10 @@ use leasehold_server::auth::Role;
 use leasehold_server::config::WorkspaceLockMode;
 use leasehold_server::waiters::Limits;
 use serde_json::{Value, json};
+use tokio_postgres::Client;
 
 use crate::in_both_modes;
-use crate::support::{Api, MAIN, eventually, settings};
+use crate::support::{Answer, Api, MAIN, eventually, settings};
 
 in_both_modes!(
     the_order_of_answers_while_locked,
@@ -21,6 +22,8 @@ in_both_modes!(
     too_many_waiters_are_sent_away,
     a_lock_can_be_taken_away,
     a_refused_write_leaves_nothing_behind,
+    a_write_whose_lock_was_taken_away_writes_nothing,
+    a_client_that_goes_away_leaves_nothing_behind,
 );
 
 async fn the_order_of_answers_while_locked(api: Api) {
@@ -360,4 +363,88 @@ async fn a_refused_write_leaves_nothing_behind(api: Api) {
         );
     }
     api.put(&color, json!({"value": 1})).await.is(200);
+}
+
+/// A write that has its lock and cannot go on, because somebody else has the table that it writes to.
+struct Stuck {
+    write: tokio::task::JoinHandle<Answer>,
+    in_the_way: Client,
+}
+
+impl Stuck {
+    async fn start(api: &Arc<Api>) -> Self {
+        let in_the_way = api.client().await;
+        in_the_way
+            .batch_execute("BEGIN; LOCK TABLE default_config IN EXCLUSIVE MODE")
+            .await
+            .unwrap();
+        let writer = api.clone();
+        let write = tokio::spawn(async move {
+            writer
+                .put(&format!("{MAIN}/default-config/a"), json!({"value": 1}))
+                .await
+        });
+        let waits =
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'default_config'::regclass";
+        eventually("the write is stuck", async || {
+            in_the_way.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) == 1
+        })
+        .await;
+        assert_eq!(api.get(MAIN).await.is(200)["workspace_lock"]["locked_by"], "root");
+        Self { write, in_the_way }
+    }
+
+    async fn let_go(self) -> Answer {
+        self.in_the_way.batch_execute("COMMIT").await.unwrap();
+        self.write.await.unwrap()
+    }
+}
+
+async fn a_write_whose_lock_was_taken_away_writes_nothing(api: Api) {
+    let api = Arc::new(api);
+    let stuck = Stuck::start(&api).await;
+    api.delete(&format!("{MAIN}/lock?reason=it+is+stuck"))
+        .await
+        .is(200);
+    let problem = stuck.let_go().await.problem(409, "lock_lost");
+    assert_eq!(problem["retryable"], true);
+    let nothing_written = async || {
+        assert_eq!(api.get(MAIN).await.is(200)["version"], 0);
+        api.get(&format!("{MAIN}/default-config/a"))
+            .await
+            .problem(404, "not_found");
+    };
+    nothing_written().await;
+
+    if api.mode() == WorkspaceLockMode::Lease {
+        let stuck = Stuck::start(&api).await;
+        let expire = "UPDATE workspaces SET workspace_lock_acquired_at = now() - interval '2 s',
+                             workspace_lock_expires_at = now() - interval '1 s'
+                      WHERE workspace_lock_id IS NOT NULL";
+        assert_eq!(api.client().await.execute(expire, &[]).await.unwrap(), 1);
+        stuck.let_go().await.problem(409, "lock_lost");
+        nothing_written().await;
+    }
+    api.put(&format!("{MAIN}/default-config/a"), json!({"value": 2}))
+        .await
+        .is(200);
+}
+
+async fn a_client_that_goes_away_leaves_nothing_behind(api: Api) {
+    let api = Arc::new(api);
+    let stuck = Stuck::start(&api).await;
+    // As a server does with the request of a client that hangs up.
+    stuck.write.abort();
+    stuck.write.await.unwrap_err();
+    eventually("nobody holds the workspace", async || {
+        api.get(&format!("{MAIN}/lock")).await.status == 404
+    })
+    .await;
+    stuck.in_the_way.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(
+        api.put(&format!("{MAIN}/default-config/a"), json!({"value": 1}))
+            .await
+            .is(200)["version"],
+        1
+    );
 }

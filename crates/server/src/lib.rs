@@ -24,3 +24,8 @@ pub mod waiters;
 pub mod workspaces;
 
 pub use state::{AppState, Settings, instance, workspace_lock_name};
+
+/// Compiles the examples of the project's README.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct ReadmeExamples;

@@ -1,6 +1,7 @@
 //! The crate from outside: routers asked directly, and served on loopback to clients that may leave.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail their test")]
 
+mod documented;
 mod leaving;
 mod logs;
 mod openapi;

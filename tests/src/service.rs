@@ -82,7 +82,14 @@ impl Service {
         Self::on_url(database.url())
     }
 
-    /// The same, on whatever is behind this URL.
+    /// As [`Service::on`], with the schema left as it is.
+    pub fn without_migrating(database: &TestDatabase) -> ServiceBuilder {
+        let mut command = command(Some(database.url()));
+        command.arg("serve");
+        ServiceBuilder { command }
+    }
+
+    /// As [`Service::on`], on whatever is behind this URL.
     pub fn on_url(url: &str) -> ServiceBuilder {
         let mut command = command(Some(url));
         command.args(["serve", "--migrate"]);

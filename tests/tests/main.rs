@@ -5,5 +5,11 @@
 mod answers;
 mod bench;
 mod budgets;
+mod crashes;
 mod disturbances;
+mod first_minute;
 mod heartbeat;
+mod history;
+mod leaks;
+mod locked;
+mod world;

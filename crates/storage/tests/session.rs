@@ -99,18 +99,33 @@ impl Provider for Sessions {
         assert!(!holders.is_empty(), "somebody holds {name}");
         let holders: Vec<i32> = holders.iter().map(|row| row.get(0)).collect();
         self.client
-            .execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", &[&holders])
+            .execute(
+                "SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid",
+                &[&holders],
+            )
             .await
             .unwrap();
         let gone = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY ($1)";
         eventually("the sessions have ended", async || {
-            self.client.query_one(gone, &[&holders]).await.unwrap().get::<_, i64>(0) == 0
+            self.client
+                .query_one(gone, &[&holders])
+                .await
+                .unwrap()
+                .get::<_, i64>(0)
+                == 0
         })
         .await;
     }
 
     async fn expire(&self, _name: &LockName) -> bool {
         false
+    }
+
+    async fn unreachable(&self) -> Option<Arc<dyn DistributedLock>> {
+        let database = TestDatabase::create().await;
+        let locks = connect(&database).await.session_locks();
+        database.close().await;
+        Some(Arc::new(locks))
     }
 
     fn holder_process(&self) -> Option<Command> {

@@ -55,6 +55,7 @@ pub(super) async fn run(
     while let Some(command) = inbox.recv().await {
         let key = match command {
             Command::Lock { key, .. } => key,
+            Command::Ping { .. } => continue,
             Command::Unlock { key, told, .. } => {
                 finish(session, key, told, Unlocked::Unanswered(ended()));
                 continue;
@@ -236,7 +237,7 @@ struct Connection<'a> {
 enum Asked {
     Lock(AdvisoryKey),
     Unlock(AdvisoryKey, Option<oneshot::Sender<Unlocked>>),
-    Ping,
+    Ping(Option<oneshot::Sender<()>>),
 }
 
 impl Connection<'_> {
@@ -295,7 +296,17 @@ impl Connection<'_> {
                 let answer = self.opened.query(statement, Some(key));
                 self.push(Asked::Unlock(key, told), answer).await;
             }
+            Command::Ping { session, told } => {
+                if session == self.opened.session {
+                    self.ping(Some(told)).await;
+                }
+            }
         }
+    }
+
+    async fn ping(&mut self, told: Option<oneshot::Sender<()>>) {
+        let answer = self.opened.query(&self.opened.statements.ping, None);
+        self.push(Asked::Ping(told), answer).await;
     }
 
     /// A statement is sent by the first poll of its answer: here, so that the order is that of the calls.
@@ -316,8 +327,7 @@ impl Connection<'_> {
             return (*sent + ANSWER > now).then_some(*sent + ANSWER);
         }
         if self.last_sent + PING <= now {
-            let answer = self.opened.query(&self.opened.statements.ping, None);
-            self.push(Asked::Ping, answer).await;
+            self.ping(None).await;
         }
         Some(self.last_sent + PING)
     }
@@ -329,7 +339,12 @@ impl Connection<'_> {
             Err(error) => return self.settle_error(asked, error),
         };
         match asked {
-            Asked::Ping => {}
+            Asked::Ping(told) => {
+                if let Some(told) = told {
+                    // Nobody may be left to hear it.
+                    _ = told.send(());
+                }
+            }
             Asked::Lock(key) => {
                 if row.get(0) {
                     self.session.table().granted(key, self.opened.session, row.get(1));
@@ -383,7 +398,7 @@ impl Connection<'_> {
             match asked {
                 Asked::Lock(key) => self.session.table().failed(key, &Failure { cause, sent: true }),
                 Asked::Unlock(key, told) => finish(self.session, key, told, Unlocked::Unanswered(cause)),
-                Asked::Ping => {}
+                Asked::Ping(_) => {}
             }
         }
     }
@@ -398,7 +413,7 @@ async fn answer(in_flight: &mut VecDeque<(Asked, Instant, Answer)>) -> (Asked, R
     .await;
     match in_flight.pop_front() {
         Some((asked, ..)) => (asked, row),
-        None => (Asked::Ping, row),
+        None => (Asked::Ping(None), row),
     }
 }
 

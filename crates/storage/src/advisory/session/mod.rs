@@ -64,7 +64,6 @@ pub struct PgSessionLock {
 #[derive(Debug)]
 pub(crate) struct Sessions {
     sessions: [Arc<LockSession>; SESSIONS],
-    bounds: Arc<Bounds>,
 }
 
 /// One lock session.
@@ -101,8 +100,8 @@ impl Sessions {
             keeper.spawn(connection::run(Arc::clone(&session), options.clone(), inbox));
             session
         });
-        keeper.spawn(end_at_bounds(sessions.clone(), Arc::clone(&bounds)));
-        Self { sessions, bounds }
+        keeper.spawn(end_at_bounds(sessions.clone(), bounds));
+        Self { sessions }
     }
 
     /// A key always has the same lock session, so that its unlock comes before its next lock.
@@ -404,7 +403,8 @@ impl DistributedLock for PgSessionLock {
         Err(ResumeError::NotHeld { lock_id })
     }
 
-    /// Moves the end that `max_hold` set to `ttl` from now, if that is later.
+    /// Moves the end that `max_hold` set to `ttl` from now, if that is later, and asks the lock session whether it
+    /// is still there.
     async fn extend(&self, guard: &LockGuard, ttl: Duration) -> Result<(), ExtendError> {
         let ttl = Ttl::new(ttl)?.get();
         let lock_id = guard.lock_id();
@@ -412,12 +412,10 @@ impl DistributedLock for PgSessionLock {
             return Err(ExtendError::Lost);
         };
         let ends = Boottime.now().plus(ttl);
-        if self.process.sessions.of(key).table().move_end(key, lock_id, ends) {
-            self.process.sessions.bounds.note(ends);
-            Ok(())
-        } else {
-            Err(ExtendError::Lost)
-        }
+        let (told, there) = oneshot::channel();
+        let session = self.process.sessions.of(key);
+        session.table().extend(key, lock_id, ends, told);
+        there.await.map_err(|_| ExtendError::Lost)
     }
 
     async fn release(&self, guard: LockGuard) -> Result<Released, ReleaseError> {

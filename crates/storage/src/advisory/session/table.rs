@@ -44,6 +44,11 @@ pub(super) enum Command {
         session: Session,
         told: Option<oneshot::Sender<Unlocked>>,
     },
+    /// Ask whether that session is still there, and say so if it is.
+    Ping {
+        session: Session,
+        told: oneshot::Sender<()>,
+    },
 }
 
 /// What became of an unlock.
@@ -663,24 +668,34 @@ impl Table {
         (over, next)
     }
 
-    /// Moves the end of a hold, if that is later. Answers whether there is such a hold.
-    pub(super) fn move_end(&mut self, key: AdvisoryKey, lock_id: LockId, ends: Monotonic) -> bool {
-        let Some(holding) = self.holding(key, lock_id) else {
-            return false;
+    /// Moves the end of a hold, if that is later. `told` hears when its session has proven to be there; it is
+    /// dropped when that is over, or there is no such hold.
+    pub(super) fn extend(
+        &mut self,
+        key: AdvisoryKey,
+        lock_id: LockId,
+        ends: Monotonic,
+        told: oneshot::Sender<()>,
+    ) {
+        let Some((session, holding)) = self.holding(key, lock_id) else {
+            return;
         };
         holding.ends = holding.ends.max(ends);
-        true
+        self.bounds.note(ends);
+        self.send(Command::Ping { session, told });
     }
 
     pub(super) fn is_held(&mut self, key: AdvisoryKey, lock_id: LockId) -> bool {
         self.holding(key, lock_id).is_some()
     }
 
-    fn holding(&mut self, key: AdvisoryKey, lock_id: LockId) -> Option<&mut Holding> {
-        match &mut self.entries.get_mut(&key)?.stage {
-            Stage::Held(held) => held.holders.iter_mut().find(|holding| holding.lock_id == lock_id),
-            Stage::Idle | Stage::Asking { .. } | Stage::Refused | Stage::Yielding { .. } => None,
-        }
+    fn holding(&mut self, key: AdvisoryKey, lock_id: LockId) -> Option<(Session, &mut Holding)> {
+        let Stage::Held(held) = &mut self.entries.get_mut(&key)?.stage else {
+            return None;
+        };
+        let mut holders = held.holders.iter_mut();
+        let holding = holders.find(|holding| holding.lock_id == lock_id)?;
+        Some((held.session, holding))
     }
 
     /// Who of this process has it.

@@ -21,7 +21,6 @@ use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use crate::failure;
 use crate::state::AppState;
 
 /// What a key may do. Each role may do what the ones before it may.
@@ -178,7 +177,6 @@ async fn authenticate<R: Needs>(
     // Postgres has no text with NUL, and so no tenant.
     let asked = tenant.filter(|tenant| !tenant.contains('\0'));
     let found: Option<Found> = state
-        .db()
         .read(async |conn| {
             let find = diesel::sql_query(FIND)
                 .bind::<Bytea, _>(&hash[..])
@@ -186,8 +184,7 @@ async fn authenticate<R: Needs>(
                 .bind::<Bool, _>(state.settings().on_loopback);
             Ok(Prepared(find).get_result(conn).await.optional()?)
         })
-        .await
-        .map_err(failure::of_work)?;
+        .await?;
     let found = found.ok_or_else(Problem::unauthenticated)?;
     let role =
         Role::parse(&found.role).ok_or_else(|| Problem::internal(format!("no such role: {}", found.role)))?;

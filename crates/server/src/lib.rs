@@ -21,6 +21,7 @@ mod telemetry;
 pub mod tenants;
 pub mod versions;
 pub mod waiters;
+mod work;
 pub mod workspaces;
 
 pub use state::{AppState, Settings, instance, workspace_lock_name};

@@ -12,11 +12,9 @@ use diesel_async::RunQueryDsl;
 use leasehold_domain::{
     AcquireError, DistributedLock, Holder, Invalid, LockGuard, LockMode, LockName, LockRequest,
 };
-use leasehold_http::Problem;
 use leasehold_storage::{Database, TransactionError};
 
 use crate::config::WorkspaceLockMode;
-use crate::failure::Failure;
 
 const SETTING: &str = "workspace_lock_mode";
 /// How long a start waits for a change of the mode to end.
@@ -49,7 +47,7 @@ pub enum ModeError {
     Invalid(#[from] Invalid),
     /// The setting could not be read or written.
     #[error("cannot read or write the setting {SETTING}")]
-    Setting(#[source] Box<dyn std::error::Error + Send + Sync>),
+    Setting(#[from] TransactionError<diesel::result::Error>),
 }
 
 /// What was found in the database: the mode that it is used with.
@@ -95,7 +93,7 @@ pub async fn enter(db: &Database, instance: &str) -> Result<Option<LockGuard>, M
 pub async fn agree(db: &Database, mode: WorkspaceLockMode) -> Result<(), ModeError> {
     let asked = mode.as_str();
     let agreed = db
-        .transaction(async |conn| -> Result<String, Failure> {
+        .transaction(async |conn| -> QueryResult<String> {
             diesel::sql_query(
                 "INSERT INTO leasehold.settings (name, value) VALUES ($1, $2) ON CONFLICT DO NOTHING",
             )
@@ -107,8 +105,7 @@ pub async fn agree(db: &Database, mode: WorkspaceLockMode) -> Result<(), ModeErr
             let Agreed { value } = find.bind::<Text, _>(SETTING).get_result(conn).await?;
             Ok(value)
         })
-        .await
-        .map_err(setting)?;
+        .await?;
     if agreed == asked {
         Ok(())
     } else {
@@ -127,7 +124,7 @@ pub async fn change(db: &Database, mode: WorkspaceLockMode, instance: &str) -> R
         Err(AcquireError::Contended(_)) => return Err(ModeError::InUse),
         Err(error) => return Err(ModeError::Lock(error)),
     };
-    let changed = db.transaction(async |conn| -> Result<(), Failure> {
+    let changed = db.transaction(async |conn| -> QueryResult<()> {
         diesel::sql_query(
             "INSERT INTO leasehold.settings (name, value) VALUES ($1, $2)
              ON CONFLICT (name) DO UPDATE SET value = excluded.value",
@@ -138,25 +135,9 @@ pub async fn change(db: &Database, mode: WorkspaceLockMode, instance: &str) -> R
         .await?;
         Ok(())
     });
-    changed.await.map_err(setting)?;
+    changed.await?;
     if let Err(error) = locks.release(guard).await {
         tracing::warn!(%error, "the lock of the instances ends with its session");
     }
     Ok(())
-}
-
-fn setting(error: TransactionError<Failure>) -> ModeError {
-    let source: Box<dyn std::error::Error + Send + Sync> = match error {
-        TransactionError::Work(Failure::Database(error)) => Box::new(error),
-        TransactionError::Work(Failure::Refused(problem)) => detail(&problem).into(),
-        TransactionError::Lost => "lost".into(),
-        TransactionError::CommitRolledBack(source)
-        | TransactionError::OutcomeUnknown { source, .. }
-        | TransactionError::Unavailable(source) => Box::new(source),
-    };
-    ModeError::Setting(source)
-}
-
-fn detail(problem: &Problem) -> String {
-    problem.body().detail.clone()
 }

@@ -11,7 +11,6 @@ use leasehold_http::{ApiPath, Code, Problem, ProblemBody};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use crate::failure;
 use crate::state::AppState;
 
 /// How long the database may take to answer a service that says it is ready.
@@ -47,11 +46,9 @@ pub(crate) async fn ready(State(state): State<AppState>) -> Result<Json<Health>,
     if state.is_draining() {
         return Err(Problem::new(Code::Unavailable, "the service is about to stop"));
     }
-    let asked = state
-        .db()
-        .read(async |conn| Ok(conn.batch_execute("SELECT").await?));
+    let asked = state.read(async |conn| Ok(conn.batch_execute("SELECT").await?));
     match tokio::time::timeout(READY_TIMEOUT, asked).await {
-        Ok(answer) => answer.map_err(failure::of_work)?,
+        Ok(answer) => answer?,
         Err(late) => return Err(Problem::unavailable(late)),
     }
     Ok(Json(Health { status: "ok" }))

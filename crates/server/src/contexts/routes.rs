@@ -14,7 +14,7 @@ use crate::auth::Access;
 use crate::contexts::model::{Context, DeletedContext, NewContext, ResolveQuery, Resolved};
 use crate::contexts::resolve::resolve;
 use crate::contexts::store::{self, Written};
-use crate::failure::{self, Failure};
+use crate::failure::Failure;
 use crate::paging::{Page, PageQuery};
 use crate::state::AppState;
 use crate::versions;
@@ -67,7 +67,7 @@ pub(crate) async fn list(
     ApiQuery(query): ApiQuery<PageQuery>,
 ) -> Result<Json<Page<Context>>, Problem> {
     let id = access.path.workspace();
-    let rows = state.db().read(async |conn| {
+    let rows = state.read(async |conn| {
         let rows = store::list(conn, id, query.after(), query.rows()).await?;
         if rows.is_empty() {
             // A workspace that is empty, or none at all.
@@ -77,7 +77,7 @@ pub(crate) async fn list(
         }
         Ok(rows)
     });
-    let rows = rows.await.map_err(failure::of_work)?;
+    let rows = rows.await?;
     Ok(Json(query.page(rows, |row| row.seq, Context::from)))
 }
 
@@ -238,12 +238,9 @@ pub(crate) async fn resolve_for(
 
 async fn current(state: &AppState, id: WorkspaceId<'_>) -> Result<(i64, Snapshot), Problem> {
     let found = state
-        .db()
         .read(async |conn| Ok(versions::store::current(conn, id).await?))
         .await;
-    let (version, snapshot) = found
-        .map_err(failure::of_work)?
-        .ok_or_else(workspaces::store::no_workspace)?;
+    let (version, snapshot) = found?.ok_or_else(workspaces::store::no_workspace)?;
     let snapshot = match snapshot {
         Some(snapshot) => serde_json::from_value(snapshot).map_err(Problem::internal)?,
         None => Snapshot::default(),

@@ -9,7 +9,6 @@ use crate::auth::Access;
 use crate::default_config::batch::{self, Put};
 use crate::default_config::model::{Batch, BatchDone, DeletedKey, Entry, NewValue};
 use crate::default_config::store;
-use crate::failure;
 use crate::paging::{Page, PageQuery};
 use crate::state::AppState;
 use crate::workspaces;
@@ -35,7 +34,7 @@ pub(crate) async fn list(
     ApiQuery(query): ApiQuery<PageQuery>,
 ) -> Result<Json<Page<Entry>>, Problem> {
     let id = access.path.workspace();
-    let rows = state.db().read(async |conn| {
+    let rows = state.read(async |conn| {
         let rows = store::list(conn, id, query.after(), query.rows()).await?;
         if rows.is_empty() {
             // A workspace that is empty, or none at all.
@@ -45,7 +44,7 @@ pub(crate) async fn list(
         }
         Ok(rows)
     });
-    let rows = rows.await.map_err(failure::of_work)?;
+    let rows = rows.await?;
     Ok(Json(query.page(rows, |row| row.seq, Entry::from)))
 }
 
@@ -62,10 +61,9 @@ pub(crate) async fn get(
 ) -> Result<Json<Entry>, Problem> {
     let (id, key) = (access.path.workspace(), access.path.key.as_str());
     let found = state
-        .db()
         .read(async |conn| Ok(store::get(conn, id, key).await?))
         .await;
-    found.map_err(failure::of_work)?.map(Json).ok_or_else(no_key)
+    found?.map(Json).ok_or_else(no_key)
 }
 
 /// Put a key

@@ -7,7 +7,6 @@ use leasehold_http::openapi::{ReadProblems, WriteProblems};
 use leasehold_http::{ApiJson, ApiQuery, Code, FieldError, Problem};
 
 use crate::auth::{Access, NoTenant, Operate};
-use crate::failure;
 use crate::paging::{Page, PageQuery};
 use crate::state::AppState;
 use crate::tenants::model::{NewTenant, Tenant, TenantPath};
@@ -32,10 +31,9 @@ pub(crate) async fn list(
 ) -> Result<Json<Page<Tenant>>, Problem> {
     let only = access.caller.tenant.as_deref();
     let rows = state
-        .db()
         .read(async |conn| Ok(store::list(conn, only, query.after(), query.rows()).await?))
         .await;
-    let rows = rows.map_err(failure::of_work)?;
+    let rows = rows?;
     Ok(Json(query.page(rows, |row| row.seq, Tenant::from)))
 }
 
@@ -53,10 +51,9 @@ pub(crate) async fn create(
     ApiJson(new): ApiJson<NewTenant>,
 ) -> Result<(StatusCode, Json<Tenant>), Problem> {
     let made = state
-        .db()
-        .transaction(async |conn| Ok(store::create(conn, &new).await?))
+        .write(async |conn| Ok(store::create(conn, &new).await?))
         .await;
-    match made.map_err(failure::of_transaction)? {
+    match made? {
         Some(tenant) => Ok((StatusCode::CREATED, Json(tenant))),
         None => Err(Problem::new(
             Code::AlreadyExists,
@@ -76,11 +73,8 @@ pub(crate) async fn get(
     access: Access<TenantPath>,
 ) -> Result<Json<Tenant>, Problem> {
     let id = access.path.tenant.as_str();
-    let found = state
-        .db()
-        .read(async |conn| Ok(store::get(conn, id).await?))
-        .await;
-    found.map_err(failure::of_work)?.map(Json).ok_or_else(no_tenant)
+    let found = state.read(async |conn| Ok(store::get(conn, id).await?)).await;
+    found?.map(Json).ok_or_else(no_tenant)
 }
 
 /// Delete a tenant
@@ -96,16 +90,12 @@ pub(crate) async fn delete(
     access: Access<TenantPath, Operate>,
 ) -> Result<StatusCode, Problem> {
     let id = access.path.tenant.as_str();
-    let deleted = state
-        .db()
-        .transaction(async |conn| match store::delete(conn, id).await? {
-            Deleted::Done => Ok(StatusCode::NO_CONTENT),
-            Deleted::OwnsSomething => Err(Problem::invalid([FieldError::new(
-                "tenant",
-                "owns workspaces: delete them first",
-            )])
-            .into()),
-            Deleted::NoSuchTenant => Err(no_tenant().into()),
-        });
-    deleted.await.map_err(failure::of_transaction)
+    let deleted = state.write(async |conn| match store::delete(conn, id).await? {
+        Deleted::Done => Ok(StatusCode::NO_CONTENT),
+        Deleted::OwnsSomething => {
+            Err(Problem::invalid([FieldError::new("tenant", "owns workspaces: delete them first")]).into())
+        }
+        Deleted::NoSuchTenant => Err(no_tenant().into()),
+    });
+    deleted.await
 }

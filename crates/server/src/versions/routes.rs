@@ -6,7 +6,6 @@ use leasehold_http::openapi::{ReadProblems, WaitPreference, WriteProblems};
 use leasehold_http::{ApiQuery, Locked, Problem};
 
 use crate::auth::Access;
-use crate::failure;
 use crate::paging::{Page, PageQuery};
 use crate::state::AppState;
 use crate::versions::model::{NewVersion, Snapshot, Version, VersionWithSnapshot};
@@ -34,7 +33,7 @@ pub(crate) async fn list(
     ApiQuery(query): ApiQuery<PageQuery>,
 ) -> Result<Json<Page<Version>>, Problem> {
     let id = access.path.workspace();
-    let rows = state.db().read(async |conn| {
+    let rows = state.read(async |conn| {
         let rows = store::list(conn, id, query.after(), query.rows()).await?;
         if rows.is_empty() {
             // A workspace that is empty, or none at all.
@@ -44,7 +43,7 @@ pub(crate) async fn list(
         }
         Ok(rows)
     });
-    let rows = rows.await.map_err(failure::of_work)?;
+    let rows = rows.await?;
     Ok(Json(query.page(rows, |row| row.version, Version::from)))
 }
 
@@ -63,10 +62,9 @@ pub(crate) async fn get(
 ) -> Result<Json<VersionWithSnapshot>, Problem> {
     let id = access.path.workspace();
     let found = state
-        .db()
         .read(async |conn| Ok(store::get(conn, id, access.path.n).await?))
         .await;
-    let (version, snapshot) = found.map_err(failure::of_work)?.ok_or_else(no_version)?;
+    let (version, snapshot) = found?.ok_or_else(no_version)?;
     let snapshot = serde_json::from_value::<Snapshot>(snapshot).map_err(Problem::internal)?;
     Ok(Json(VersionWithSnapshot { version, snapshot }))
 }

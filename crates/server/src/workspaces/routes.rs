@@ -8,7 +8,6 @@ use leasehold_http::openapi::{ReadProblems, WaitPreference, WriteProblems};
 use leasehold_http::{ApiJson, ApiQuery, Code, LockView, Locked, Problem};
 
 use crate::auth::{Access, Manage, Write};
-use crate::failure;
 use crate::paging::{Page, PageQuery};
 use crate::state::{AppState, WorkspaceLock, workspace_lock_name};
 use crate::tenants;
@@ -34,10 +33,9 @@ pub(crate) async fn list(
 ) -> Result<Json<Page<Workspace>>, Problem> {
     let tenant = access.path.tenant.as_str();
     let rows = state
-        .db()
         .read(async |conn| Ok(store::list(conn, tenant, query.after(), query.rows()).await?))
         .await;
-    let rows = rows.map_err(failure::of_work)?;
+    let rows = rows?;
     Ok(Json(query.page(rows, |row| row.seq, Workspace::from)))
 }
 
@@ -55,16 +53,14 @@ pub(crate) async fn create(
     ApiJson(new): ApiJson<NewWorkspace>,
 ) -> Result<(StatusCode, Json<Workspace>), Problem> {
     let tenant = access.path.tenant.as_str();
-    let made = state
-        .db()
-        .transaction(async |conn| match store::create(conn, tenant, &new).await? {
-            Created::Done(workspace) => Ok(*workspace),
-            Created::NameTaken => {
-                Err(Problem::new(Code::AlreadyExists, "the tenant has a workspace of that name").into())
-            }
-            Created::NoSuchTenant => Err(tenants::routes::no_tenant().into()),
-        });
-    let workspace = made.await.map_err(failure::of_transaction)?;
+    let made = state.write(async |conn| match store::create(conn, tenant, &new).await? {
+        Created::Done(workspace) => Ok(*workspace),
+        Created::NameTaken => {
+            Err(Problem::new(Code::AlreadyExists, "the tenant has a workspace of that name").into())
+        }
+        Created::NoSuchTenant => Err(tenants::routes::no_tenant().into()),
+    });
+    let workspace = made.await?;
     Ok((StatusCode::CREATED, Json(workspace)))
 }
 
@@ -81,11 +77,7 @@ pub(crate) async fn get(
     access: Access<WorkspacePath>,
 ) -> Result<Json<Workspace>, Problem> {
     let id = access.path.workspace();
-    let found = state
-        .db()
-        .read(async |conn| Ok(store::get(conn, id).await?))
-        .await
-        .map_err(failure::of_work)?;
+    let found = state.read(async |conn| Ok(store::get(conn, id).await?)).await?;
     let mut workspace = found.ok_or_else(store::no_workspace)?;
     if let WorkspaceLock::Advisory(_) = state.workspace_lock() {
         // No row knows of it.
@@ -135,14 +127,14 @@ pub(crate) async fn delete(
         // The fence of a lease is in the row that goes away, so the statement that removes it is the fence.
         WorkspaceLock::Lease(_) => {
             let lock_id = locked.guard.lock_id().as_uuid();
-            let deleted = state.db().transaction(async |conn| {
+            let deleted = state.write(async |conn| {
                 locked.target.check_version(conn).await?;
                 match store::delete(conn, id, Some(lock_id)).await? {
                     true => Ok(()),
                     false => Err(Problem::lock_lost().into()),
                 }
             });
-            deleted.await.map_err(failure::of_transaction)?;
+            deleted.await?;
         }
         WorkspaceLock::Advisory(_) => {
             write::touch(&state, &locked, async |conn| {

@@ -11,15 +11,14 @@ use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use diesel_async::AsyncPgConnection;
-use leasehold_domain::{DistributedLock, Durability, Holder, LockGuard, LockRequest};
+use leasehold_domain::{DistributedLock, Durability, Holder, LockRequest};
 use leasehold_http::{Code, LockTarget, Locked, Problem};
-use leasehold_storage::TransactionError;
 use serde::de::DeserializeOwned;
 use utoipa::IntoParams;
 
 use crate::auth::{Access, Identity, Write};
 use crate::config::WorkspaceLockMode;
-use crate::failure::{self, Failure};
+use crate::failure::Failure;
 use crate::state::{AppState, workspace_lock_name};
 use crate::versions;
 use crate::workspaces::model::InWorkspace;
@@ -107,9 +106,8 @@ where
         author: &write.caller.subject,
         raises_token: state.settings().lock_mode == WorkspaceLockMode::Advisory,
     };
-    let done = state
-        .db()
-        .fenced_transaction_releasing(guard, async |conn| {
+    state
+        .write_under(guard, async |conn| {
             write.check_version(conn).await?;
             let done = work(conn).await?;
             let version = versions::store::record(conn, id, &entry)
@@ -117,18 +115,7 @@ where
                 .ok_or_else(store::no_workspace)?;
             Ok((done, version))
         })
-        .await;
-    done.map_err(|error| refused(error, guard))
-}
-
-/// A statement that failed because the lock was taken away, and its database session with it, was not at fault.
-fn refused(error: TransactionError<Failure>, guard: &LockGuard) -> Problem {
-    match error {
-        TransactionError::Work(Failure::Database(cause)) if guard.is_lost() => {
-            Problem::lock_lost().because(cause)
-        }
-        other => failure::of_transaction(other),
-    }
+        .await
 }
 
 /// Runs the statements of a write that makes no version.
@@ -141,14 +128,12 @@ where
     P: InWorkspace,
     W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, Failure>,
 {
-    let done = state
-        .db()
-        .fenced_transaction_releasing(&locked.guard, async |conn| {
+    state
+        .write_under(&locked.guard, async |conn| {
             locked.target.check_version(conn).await?;
             work(conn).await
         })
-        .await;
-    done.map_err(|error| refused(error, &locked.guard))
+        .await
 }
 
 impl<P: InWorkspace> WorkspaceWrite<P> {

@@ -6,13 +6,17 @@ use futures_util::StreamExt;
 use leasehold_domain::{AcquireError, DistributedLock, Durability, LockGuard};
 use leasehold_storage::{Database, RowLeaseTable};
 use leasehold_system_tests::database::TestDatabase;
+use leasehold_system_tests::http::Api;
 use leasehold_system_tests::patience::{eventually, in_time};
+use leasehold_system_tests::proxy::{Proxy, Traffic};
+use leasehold_system_tests::service::{Service, make_key};
 use leasehold_system_tests::wal::DurableServer;
 
 use crate::bench::{
     Bench, Failure, MODES, Mode, create_table, for_a_write, insert, named, write_guarded, write_under,
     write_unguarded,
 };
+use crate::world::{make_workspace, put_key};
 
 /// Connections are open and statements prepared.
 async fn warm_up(process: &Database) {
@@ -251,6 +255,113 @@ async fn heavy_two_thousand_session_locks_need_at_most_four_connections() {
         bench.database.advisory_locks(&bench.client).await == 0
     })
     .await;
+}
+
+/// A service whose database is behind a proxy, warm, and with a key.
+async fn warm_service(mode: &str) -> (Service, Api, Proxy) {
+    let database = TestDatabase::create_empty().await;
+    let proxy = Proxy::start(&database);
+    let service = Service::on_url(&proxy.url(&database)).set("WORKSPACE_LOCK_MODE", mode);
+    let service = service.set("DATABASE_POOL_SIZE", "2").start().await;
+    let making = database.clone();
+    let key = tokio::task::spawn_blocking(move || make_key(&making, "tester", "writer", None))
+        .await
+        .unwrap();
+    let admin = tokio::task::spawn_blocking(move || make_key(&database, "admin", "admin", None))
+        .await
+        .unwrap();
+    make_workspace(&service.api(&admin)).await;
+    let api = service.api(&key);
+    for value in 0..20 {
+        api.send(put_key("key", value)).await.expect(200);
+    }
+    (service, api, proxy)
+}
+
+/// What one PUT costs. A ping of a lock session may fall among some, so it is the least of several.
+async fn put_over_http(api: &Api, proxy: &Proxy) -> Traffic {
+    let mut least: Option<Traffic> = None;
+    for value in 0..5 {
+        let (answer, traffic) = proxy.watch(api.send(put_key("key", value))).await;
+        answer.expect(200);
+        if least
+            .as_ref()
+            .is_none_or(|least| traffic.round_trips < least.round_trips)
+        {
+            least = Some(traffic);
+        }
+    }
+    least.unwrap()
+}
+
+/// The same PUT with nothing to guard it would ask for the key, begin, write, make the version, and commit.
+const UNGUARDED: [&str; 5] = [
+    "FROM credentials",
+    "BEGIN",
+    "INSERT INTO default_config",
+    "INSERT INTO versions",
+    "COMMIT",
+];
+
+fn assert_guarded_put(traffic: &Traffic, guard: &[&str]) {
+    for text in UNGUARDED.iter().skip(1).chain(guard) {
+        let count = traffic.statements.iter().filter(|statement| match *text {
+            "COMMIT" => statement.ends_with("COMMIT"),
+            "BEGIN" => statement.starts_with("BEGIN"),
+            text => statement.contains(text),
+        });
+        assert_eq!(count.count(), 1, "{text}: {traffic:#?}");
+    }
+    assert_eq!(traffic.round_trips, UNGUARDED.len() + guard.len(), "{traffic:#?}");
+    assert_eq!(
+        traffic.round_trips,
+        traffic.statements.len(),
+        "each is prepared already: {traffic:#?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_put_over_http_in_lease_mode_costs_two_round_trips_more() {
+    let (_service, api, proxy) = warm_service("lease").await;
+    let traffic = put_over_http(&api, &proxy).await;
+    assert_guarded_put(&traffic, &["seen AS MATERIALIZED", "mine AS MATERIALIZED"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_put_over_http_in_advisory_mode_costs_one_round_trip_more() {
+    let (_service, api, proxy) = warm_service("advisory").await;
+    let traffic = put_over_http(&api, &proxy).await;
+    assert_guarded_put(&traffic, &["pg_try_advisory_xact_lock"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn heavy_a_put_over_http_is_one_durable_commit() {
+    const PUTS: u64 = 100;
+    let server = tokio::task::spawn_blocking(DurableServer::start).await.unwrap();
+    for mode in ["lease", "advisory"] {
+        let mut grown = Vec::new();
+        for puts in [0, PUTS] {
+            let database = TestDatabase::create_empty_on(&server.url()).await;
+            let before = server.syncs().await;
+            let mut service = Service::on(&database)
+                .set("WORKSPACE_LOCK_MODE", mode)
+                .start()
+                .await;
+            let key = tokio::task::spawn_blocking(move || make_key(&database, "tester", "admin", None));
+            let api = service.api(&key.await.unwrap());
+            make_workspace(&api).await;
+            for value in 0..puts {
+                api.send(put_key("key", value)).await.expect(200);
+            }
+            service.stop().await;
+            grown.push(server.syncs().await - before);
+        }
+        let seen = grown[1].saturating_sub(grown[0]);
+        assert!(
+            (PUTS - 3..=PUTS + 3).contains(&seen),
+            "{mode}: {seen}, not {PUTS}"
+        );
+    }
 }
 
 /// What a process costs the disk that warms up and then does something `times` times.

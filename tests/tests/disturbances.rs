@@ -205,6 +205,27 @@ fn a_guard_can_be_dropped_after_its_runtime_has_ended() {
     }
 }
 
+/// Whoever ends in order leaves no lease for others to wait for, whatever still has a guard.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_gives_back_what_guards_still_hold() {
+    let bench = Bench::start(2).await;
+    let lock = bench.process.leases();
+    let guards = [
+        lock.try_acquire(&named("a")).await.unwrap(),
+        lock.try_acquire(&named("b")).await.unwrap(),
+    ];
+    bench.process.shutdown(PATIENCE).await;
+    for guard in &guards {
+        assert!(guard.is_lost());
+        assert!(!bench.lease_is_live(guard.name()).await);
+    }
+    let written = bench
+        .process
+        .fenced_transaction(&guards[0], async |conn| insert(conn, 1).await)
+        .await;
+    assert!(matches!(written, Err(TransactionError::Lost)), "{written:?}");
+}
+
 /// Everything that can be awaited is dropped after every number of polls.
 #[tokio::test(flavor = "multi_thread")]
 async fn futures_that_are_dropped_at_any_poll_leave_nothing() {

@@ -74,12 +74,14 @@ impl Database {
         PgTransactionLock::new(Arc::clone(&self.process))
     }
 
-    /// Ends the background thread once everything that guards were dropped with is given back, at most `grace`
-    /// later. Guards that still live are lost when their `ttl` or their connection ends.
+    /// Gives back all leases, and ends the background thread once that and everything that guards were dropped with
+    /// is done, at most `grace` later. Guards that still live are lost; those of other locks end with their
+    /// connections.
     ///
     /// # Cancel safety
     /// The thread ends all the same.
     pub async fn shutdown(&self, grace: Duration) {
+        self.process.end_leases();
         if tokio::time::timeout(grace, self.process.keeper.stop())
             .await
             .is_err()

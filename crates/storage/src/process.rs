@@ -7,9 +7,9 @@ use leasehold_domain::LockName;
 use crate::advisory::session::Sessions;
 use crate::advisory::watch::Watch;
 use crate::connect::ConnectOptions;
-use crate::holds::Holds;
+use crate::holds::{Holds, Scope};
 use crate::keeper::Keeper;
-use crate::lease::reaper::Reaper;
+use crate::lease::reaper::{Lease, Reaper};
 use crate::lease::renewer::Renewer;
 use crate::pool::Pool;
 use crate::presence;
@@ -63,6 +63,23 @@ impl Process {
         });
         Watch::start(&process);
         Ok(process)
+    }
+
+    /// Gives back the leases whose guards still live: no other hold outlives the process.
+    pub(crate) fn end_leases(&self) {
+        for hold in self.holds.all() {
+            let Scope::Lease(lease) = hold.scope else { continue };
+            let parts = hold.control.parts();
+            self.holds.lose(parts.lock_id);
+            if !lease.has_ended() {
+                self.reaper.release(Lease {
+                    table: Arc::clone(&lease.table),
+                    keys: lease.keys.clone(),
+                    name: parts.name.clone(),
+                    lock_id: parts.lock_id,
+                });
+            }
+        }
     }
 
     /// Tells everybody who waits that this process has freed a name.

@@ -224,6 +224,10 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
     {
         return Err(Problem::malformed("body", format!("is not JSON: {error}")));
     }
+    // serde fills the fields of a struct from an array as well, in the order of the source.
+    if !text.trim_start().starts_with('{') {
+        return Err(Problem::invalid([FieldError::new("body", "must be an object")]));
+    }
     let value = parsed.map_err(|error| Problem::invalid([error]))?;
     refuse_nul(text)?;
     Ok(value)

@@ -231,6 +231,16 @@ async fn a_body_that_breaks_off_is_malformed() {
 }
 
 #[tokio::test]
+async fn an_array_does_not_pass_for_an_object() {
+    let router = router(App::new());
+    for body in [r#"["blue"]"#, " [\"blue\"] ", "[]", "null", "7"] {
+        let answer = ask(&router, alice("PUT", "/plans/a").body(Body::from(body)).unwrap()).await;
+        let problem = answer.problem(422, "invalid_request");
+        assert_eq!(problem["errors"][0]["field"], "body", "{body}");
+    }
+}
+
+#[tokio::test]
 async fn what_a_client_sent_is_not_repeated_at_length() {
     let router = router(App::new());
     let body = format!("{{\"{}\":1}}", "k".repeat(MIB / 2));

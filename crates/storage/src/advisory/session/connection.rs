@@ -379,15 +379,20 @@ impl Connection<'_> {
             // Its lock table may be full.
             Asked::Lock(key) if is_statements_own => {
                 self.session.table().failed(key, &Failure { cause, sent: false });
-                Ok(())
+                return Ok(());
             }
+            // Somebody has changed the session, and nobody can tell since when.
+            Asked::Unlock(key, told) if is_statements_own => {
+                metrics::counter!("leasehold_lock_lost_total", "backend" => "session").increment(1);
+                finish(self.session, key, told, Unlocked::AlreadyGone);
+            }
+            // It is told together with the others.
             asked => {
-                // It is told together with the others.
                 let never = std::future::pending().boxed();
                 self.in_flight.push_front((asked, self.last_sent, never));
-                Err(cause)
             }
         }
+        Err(cause)
     }
 
     /// Tells everybody who relies on the session that it has ended. The socket is closed by now.

@@ -215,7 +215,9 @@ impl Waiter {
 impl Held {
     fn let_in(&mut self, waiter: Waiter, bounds: &Bounds) {
         let now = Boottime.now();
-        let since = TimeDelta::from_std(now.since(self.granted)).unwrap_or_default();
+        // As exact as the server's own times.
+        let since = i64::try_from(now.since(self.granted).as_micros())
+            .map_or(TimeDelta::MAX, TimeDelta::microseconds);
         let acquired_at = self
             .granted_at
             .checked_add_signed(since)

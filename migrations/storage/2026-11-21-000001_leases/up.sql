@@ -28,13 +28,17 @@ INSERT INTO leasehold.token_floor DEFAULT VALUES;
 
 -- The next token of a name whose last one was `last`. The high bits are the WAL timeline, which a promoted
 -- standby raises: its tokens are above all of the old primary's, also those it never heard of.
+-- PL/pgSQL keeps the plan for the session; a function in SQL is planned again by every statement that calls it, which
+-- took longer than all the rest of an acquire.
 CREATE FUNCTION leasehold.next_token(last BIGINT) RETURNS BIGINT
-LANGUAGE sql VOLATILE AS $$
-    SELECT greatest(
+LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    RETURN greatest(
         last + 1,
         (SELECT floor FROM leasehold.token_floor) + 1,
         ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint << 40
-    )
+    );
+END
 $$;
 
 -- Call it in the transaction that removes rows, with the highest token among them.

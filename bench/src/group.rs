@@ -67,7 +67,7 @@ impl Group {
         for (base, _) in &bases {
             _ = write!(head, " {:>12}", format!("of {base}"));
         }
-        _ = write!(head, " {:>10} {:>10}", "p50", "p99");
+        _ = write!(head, " {:>10} {:>10} {:>10}", "p50", "p99", "own CPU");
         table.push_str(&head);
         for (lane, own) in self.lanes.iter().zip(samples) {
             let rate = median(own.iter().map(|sample| sample.rate));
@@ -76,9 +76,13 @@ impl Group {
                 let ratios = own.iter().zip(*base).map(|(own, base)| own.rate / base.rate);
                 _ = write!(table, " {:>12.2}", median(ratios));
             }
-            for pick in [|pair: (Duration, Duration)| pair.0, |pair| pair.1] {
-                let times = own.iter().filter_map(|sample| sample.latency.map(pick));
-                let time = median(times.map(|time| time.as_secs_f64()));
+            let picks: [fn(&Sample) -> Option<Duration>; 3] = [
+                |sample| sample.latency.map(|(half, _)| half),
+                |sample| sample.latency.map(|(_, most)| most),
+                |sample| sample.cpu,
+            ];
+            for pick in picks {
+                let time = median(own.iter().filter_map(pick).map(|time| time.as_secs_f64()));
                 _ = write!(table, " {:>10}", readable(time));
             }
         }

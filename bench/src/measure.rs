@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::Result;
 
@@ -13,6 +14,8 @@ pub(crate) struct Sample {
     pub(crate) rate: f64,
     /// Half of the operations, and 99 of 100, took at most so long. Not known of other programs.
     pub(crate) latency: Option<(Duration, Duration)>,
+    /// Processor time that this process spent on one operation. Not known of other programs.
+    pub(crate) cpu: Option<Duration>,
 }
 
 /// One line of a table.
@@ -50,6 +53,7 @@ impl<C: Client> Lane for Clients<C> {
 
     async fn run(&mut self, window: Duration) -> Result<Sample> {
         let deadline = Instant::now() + window;
+        let spent = cpu_time();
         let tasks: Vec<_> = std::mem::take(&mut self.clients)
             .into_iter()
             .map(|client| tokio::spawn(work(client, deadline)))
@@ -60,10 +64,14 @@ impl<C: Client> Lane for Clients<C> {
             self.clients.push(client);
             took.extend(times);
         }
+        let spent = cpu_time().saturating_sub(spent);
         took.sort_unstable();
         Ok(Sample {
             rate: took.len() as f64 / window.as_secs_f64(),
             latency: percentile(&took, 0.5).zip(percentile(&took, 0.99)),
+            cpu: u32::try_from(took.len())
+                .ok()
+                .and_then(|operations| spent.checked_div(operations)),
         })
     }
 }
@@ -81,6 +89,15 @@ async fn work<C: Client>(mut client: C, deadline: Instant) -> Result<(C, Vec<Dur
         begun = done;
     }
     Ok((client, times))
+}
+
+/// Of all threads of this process, since its start.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
 }
 
 fn percentile(sorted: &[Duration], fraction: f64) -> Option<Duration> {

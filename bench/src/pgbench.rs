@@ -88,7 +88,11 @@ impl Lane for Script {
             number.parse().ok()
         });
         match rate {
-            Some(rate) if output.status.success() => Ok(Sample { rate, latency: None }),
+            Some(rate) if output.status.success() => Ok(Sample {
+                rate,
+                latency: None,
+                cpu: None,
+            }),
             _ => Err(format!("pgbench: {}", String::from_utf8_lossy(&output.stderr).trim()).into()),
         }
     }

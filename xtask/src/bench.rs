@@ -10,15 +10,9 @@ use crate::steps::{self, Result};
 
 /// The `bench` command: everything after it goes to the benchmark program.
 pub(crate) fn run(arguments: &[OsString]) -> Result {
-    let [server, bench] = build::programs(
-        steps::cargo("build").args([
-            "--release",
-            "--package",
-            "leasehold-server",
-            "--package",
-            "leasehold-bench",
-        ]),
-        ["leasehold", "leasehold-bench"],
+    let bench = build::program(
+        steps::cargo("build").args(["--release", "--package", "leasehold-bench"]),
+        "leasehold-bench",
     )?;
     let binaries = Binaries::find()?;
     let cluster = Cluster::temporary()
@@ -31,7 +25,6 @@ pub(crate) fn run(arguments: &[OsString]) -> Result {
         Command::new(bench)
             .args(arguments)
             .env("LEASEHOLD_BENCH_DATABASE_URL", cluster.url("postgres"))
-            .env("LEASEHOLD_BIN", server)
             .env("PG_BIN", binaries.folder()),
     )
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use leasehold_domain::{DistributedLock, LockGuard, LockName, Monotonic, MonotonicClock};
+use leasehold_domain::{DistributedLock, LockGuard, Monotonic, MonotonicClock};
 use leasehold_storage::{Database, PgLeaseLock};
 
 use crate::database::BenchDatabase;
@@ -82,9 +82,8 @@ pub(crate) async fn rows(bench: &Bench) -> Result {
         let database = bench.server.create(&format!("leasehold_bench_{rows}")).await?;
         let client = database.client().await?;
         client.execute(FILL, &[&i32::try_from(rows)?]).await?;
-        client
-            .batch_execute("VACUUM ANALYZE leasehold.leases; CHECKPOINT")
-            .await?;
+        client.batch_execute("VACUUM ANALYZE leasehold.leases").await?;
+        client.batch_execute("CHECKPOINT").await?;
         let db = database.open(CLIENTS).await?;
         let lock = db.leases();
         let clients = (0..CLIENTS).map(|index| Few {

@@ -180,7 +180,8 @@ struct RawPlain {
 impl Client for RawPlain {
     async fn once(&mut self) -> Result {
         self.client.batch_execute(BEGIN).await?;
-        self.client.execute(&self.write, &[&self.id, &BODY]).await?;
+        // Spelled out: diesel-async gives everything an `execute`.
+        Connection::execute(&self.client, &self.write, &[&self.id, &BODY]).await?;
         self.client.batch_execute("COMMIT").await?;
         Ok(())
     }
@@ -208,7 +209,8 @@ impl Client for RawGuarded {
             return Err("a lease was not given".into());
         }
         self.client.batch_execute(BEGIN).await?;
-        self.client.execute(&self.write, &[&self.id, &BODY]).await?;
+        // Spelled out: diesel-async gives everything an `execute`.
+        Connection::execute(&self.client, &self.write, &[&self.id, &BODY]).await?;
         self.client.query_one(&self.fence, &[&lock_id, &self.id]).await?;
         self.client.batch_execute("COMMIT").await?;
         Ok(())

@@ -266,8 +266,9 @@ impl LeaseTable {
 }
 
 impl Columns {
-    /// Puts identifiers into a template. `{match N}` compares the key columns with the binds from `$N` on,
-    /// `{same A}` those of `t` with those of `A`, `{unnest N}` and `{unnested}` take the keys as arrays.
+    /// Puts identifiers into a template. `{match N}` compares the key columns with the binds from `$N` on, `{keys}`
+    /// selects them from `t` under names that no other column has, and `{same A}` compares those of `t` with what
+    /// was so selected in `A`; `{unnest N}` and `{unnested}` take the keys as arrays.
     fn fill(&self, table: &str, template: &str) -> String {
         let list = |write: &dyn Fn(usize, &String) -> String, separator: &str| {
             self.keys
@@ -288,21 +289,22 @@ impl Columns {
         ] {
             text = text.replace(field, column);
         }
-        text = text.replace("{keys}", &list(&|_, key| key.clone(), ", "));
-        text = text.replace("{t.keys}", &list(&|_, key| format!("t.{key}"), ", "));
+        text = text.replace(
+            "{keys}",
+            &list(&|index, key| format!("t.{key} AS key{index}"), ", "),
+        );
+        text = text.replace("{unnested}", &list(&|index, _| format!("key{index}"), ", "));
         for first in 1..10 {
             let matched = list(&|index, key| format!("t.{key} = ${}", first + index), " AND ");
             text = text.replace(&format!("{{match {first}}}"), &matched);
             let arrays = list(&|index, _| format!("${}::text[]", first + index), ", ");
             text = text.replace(&format!("{{unnest {first}}}"), &arrays);
         }
-        for other in ["open", "mine"] {
-            let same = list(&|_, key| format!("t.{key} = {other}.{key}"), " AND ");
+        for other in ["open", "mine", "due"] {
+            let same = list(&|index, key| format!("t.{key} = {other}.key{index}"), " AND ");
             text = text.replace(&format!("{{same {other}}}"), &same);
         }
-        let due = list(&|index, key| format!("t.{key} = due.key{index}"), " AND ");
-        text.replace("{same due}", &due)
-            .replace("{unnested}", &list(&|index, _| format!("key{index}"), ", "))
+        text
     }
 }
 
@@ -376,7 +378,7 @@ WITH due AS MATERIALIZED (
     SELECT due.lock_id, t.{expires_at} > clock_timestamp() AS live
     FROM due JOIN {table} AS t ON {same due} AND t.{id} = due.lock_id
 ), open AS MATERIALIZED (
-    SELECT {t.keys}, due.ttl, due.max_hold, t.{expires_at} AS until
+    SELECT {keys}, due.ttl, due.max_hold, t.{expires_at} AS until
     FROM due JOIN {table} AS t ON {same due} AND t.{id} = due.lock_id
     WHERE t.{expires_at} > clock_timestamp()
     FOR NO KEY UPDATE OF t SKIP LOCKED

@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::clock::Boottime;
 use crate::connect::ConnectOptions;
-use crate::error::{StorageError, chain};
+use crate::error::chain;
 use crate::holds::{Holds, Scope};
 use crate::keeper::Keeper;
 use crate::lease::table::LeaseTable;
@@ -25,6 +25,10 @@ const CHUNK: usize = 10_000;
 const TRY_AGAIN: Duration = Duration::from_millis(100);
 /// Timers stand still during suspend: look at the clock this often.
 const CLOCK_LOOK: Duration = Duration::from_millis(500);
+/// A beat of thousands of rows may take this long, however short the slices are.
+const LEAST_WAIT: Duration = Duration::from_millis(250);
+/// How long it may take to be connected again. Nothing else can be done meanwhile.
+const CONNECT: Duration = Duration::from_secs(3);
 
 /// Keeps the leases of the process alive, from the keeper's thread and on a connection of its own, so that
 /// neither a blocked runtime nor an exhausted pool lets them expire.
@@ -83,7 +87,11 @@ impl Renewer {
                 continue;
             }
             metrics::histogram!("leasehold_heartbeat_late_seconds").record(now.since(first));
-            beat(&options, &mut connection, &holds, due(leases, now)).await;
+            let shortest = leases.iter().map(|lease| lease.hold.schedule().ttl).min();
+            // A third of the shortest slice: then there is time for two more. Also for a table whose own slices are
+            // long: one that is locked must not keep the others waiting.
+            let limit = (shortest.unwrap_or_default() / 3).max(LEAST_WAIT);
+            beat(&options, &mut connection, &holds, due(leases, now), limit).await;
         }
     }
 }
@@ -134,6 +142,7 @@ async fn beat(
     connection: &mut Option<Renewals>,
     holds: &Holds,
     leases: Vec<Lease>,
+    limit: Duration,
 ) {
     let mut tables: Vec<(Arc<LeaseTable>, Vec<Lease>)> = Vec::new();
     for lease in leases {
@@ -147,18 +156,13 @@ async fn beat(
     }
     for (table, leases) in tables {
         for chunk in leases.chunks(CHUNK) {
-            // A third of the shortest slice: then there is time for two more.
-            let limit = chunk
-                .iter()
-                .map(|lease| lease.hold.schedule().ttl)
-                .min()
-                .unwrap_or_default()
-                / 3;
-            let result = tokio::time::timeout(limit, renew(options, connection, holds, &table, chunk)).await;
-            let failure = match result {
-                Ok(Ok(())) => continue,
-                Ok(Err(error)) => chain(&error),
-                Err(_) => format!("no answer within {limit:?}"),
+            let failure = match renewals(options, connection).await {
+                Ok(open) => match tokio::time::timeout(limit, renew(open, holds, &table, chunk)).await {
+                    Ok(Ok(())) => continue,
+                    Ok(Err(error)) => chain(&error),
+                    Err(_) => format!("no answer within {limit:?}"),
+                },
+                Err(failure) => failure,
             };
             tracing::warn!(
                 error = failure,
@@ -177,24 +181,34 @@ async fn beat(
     }
 }
 
-async fn renew(
+/// The open connection, or a new one. That it may take longer than a beat keeps short slices from closing it again
+/// and again before it was ever used.
+async fn renewals<'a>(
     options: &ConnectOptions,
-    connection: &mut Option<Renewals>,
+    connection: &'a mut Option<Renewals>,
+) -> Result<&'a mut Renewals, String> {
+    match connection {
+        Some(open) => Ok(open),
+        None => {
+            let (client, driver) = match tokio::time::timeout(CONNECT, options.open()).await {
+                Ok(opened) => opened.map_err(|error| chain(&error))?,
+                Err(_) => return Err(format!("no connection within {CONNECT:?}")),
+            };
+            tokio::spawn(driver);
+            Ok(connection.insert(Renewals {
+                client,
+                statements: HashMap::new(),
+            }))
+        }
+    }
+}
+
+async fn renew(
+    renewals: &mut Renewals,
     holds: &Holds,
     table: &LeaseTable,
     leases: &[Lease],
-) -> Result<(), StorageError> {
-    let renewals = match connection {
-        Some(open) => open,
-        None => {
-            let (client, driver) = options.open().await?;
-            tokio::spawn(driver);
-            connection.insert(Renewals {
-                client,
-                statements: HashMap::new(),
-            })
-        }
-    };
+) -> Result<(), tokio_postgres::Error> {
     let statement = match renewals.statements.get(&table.renew) {
         Some(statement) => statement.clone(),
         None => {
@@ -209,10 +223,8 @@ async fn renew(
         .iter()
         .map(|lease| lease.control.parts().lock_id.as_uuid())
         .collect();
-    let ttls: Vec<f64> = leases
-        .iter()
-        .map(|lease| seconds(lease.hold.schedule().ttl))
-        .collect();
+    let ttls: Vec<Duration> = leases.iter().map(|lease| lease.hold.schedule().ttl).collect();
+    let slices: Vec<f64> = ttls.iter().copied().map(seconds).collect();
     let max_holds: Vec<f64> = leases.iter().map(|lease| seconds(lease.hold.max_hold)).collect();
     let disk_may_wait = !leases.iter().any(|lease| lease.hold.durable);
     let columns = leases.first().map_or(0, |lease| lease.hold.keys.len());
@@ -224,50 +236,106 @@ async fn renew(
                 .collect()
         })
         .collect();
-    let mut binds: Vec<&(dyn ToSql + Sync)> = vec![&ids, &ttls, &max_holds, &disk_may_wait];
+    let mut binds: Vec<&(dyn ToSql + Sync)> = vec![&ids, &slices, &max_holds, &disk_may_wait];
     binds.extend(keys.iter().map(|column| column as &(dyn ToSql + Sync)));
     let rows = renewals.client.query(&statement, &binds).await?;
 
-    let answers: HashMap<Uuid, (Option<DateTime<Utc>>, bool)> = rows
+    let answers: HashMap<Uuid, Answer> = rows
         .iter()
-        .map(|row| (row.get("lock_id"), (row.get("expires_at"), row.get("live"))))
+        .map(|row| {
+            let (until, live) = (row.get("expires_at"), row.get("live"));
+            (row.get("lock_id"), Answer { until, live })
+        })
         .collect();
-    for (lease, id) in leases.iter().zip(&ids) {
-        settle(
-            holds,
-            lease,
-            sent,
-            answers.get(id).copied().unwrap_or((None, false)),
-        );
+    for ((lease, id), ttl) in leases.iter().zip(&ids).zip(ttls) {
+        let answer = answers.get(id).copied().unwrap_or(Answer::GONE);
+        settle(holds, lease, sent, ttl, answer);
     }
     Ok(())
 }
 
-fn settle(holds: &Holds, lease: &Lease, sent: Monotonic, answer: (Option<DateTime<Utc>>, bool)) {
-    let ttl = lease.hold.schedule().ttl;
-    match answer {
-        (Some(expires_at), _) => {
-            if lease
-                .control
-                .renewed(expires_at, lease.hold.trusted_until(sent, ttl))
-            {
-                lease.hold.reschedule(next_renewal(sent, ttl));
+/// What the server says of one lease.
+#[derive(Clone, Copy)]
+struct Answer {
+    /// The new end, when it was renewed.
+    until: Option<DateTime<Utc>>,
+    /// Whether it is ours and not over.
+    live: bool,
+}
+
+impl Answer {
+    const GONE: Self = Self {
+        until: None,
+        live: false,
+    };
+}
+
+/// Notes the answer to a renewal by `ttl` that was sent at `sent`. An `extend` may have changed the slice since then,
+/// which counts for the next renewal and not for what this answer proves.
+fn settle(holds: &Holds, lease: &Lease, sent: Monotonic, ttl: Duration, answer: Answer) {
+    let again = |due| {
+        lease.hold.reschedule(Schedule {
+            due,
+            ttl: lease.hold.schedule().ttl,
+        });
+    };
+    match answer.until {
+        Some(until) => {
+            if lease.control.renewed(until, lease.hold.trusted_until(sent, ttl)) {
+                again(next_renewal(sent, ttl).due);
             } else {
                 holds.lose(lease.control.parts().lock_id);
             }
         }
-        // Ours, but somebody has the row locked, mostly a fence of our own: it stays as it is until then.
-        (None, true) => lease.hold.reschedule(Schedule {
-            due: sent.plus(TRY_AGAIN.min(ttl / 10)),
-            ttl,
-        }),
-        // Gone. A fence that releases makes it so before its transaction's end is known here.
-        (None, false) if lease.hold.is_fencing() || lease.hold.has_ended() => {
-            lease.hold.reschedule(Schedule {
-                due: sent.plus(TRY_AGAIN.min(ttl / 10)),
-                ttl,
-            });
+        // Ours, but somebody has the row locked, mostly a fence of our own: it stays as it is until then. Or gone: a
+        // fence that releases makes it so before its transaction's end is known here.
+        None if answer.live || lease.hold.is_fencing() || lease.hold.has_ended() => {
+            again(sent.plus(TRY_AGAIN.min(ttl / 10)));
         }
-        (None, false) => holds.lose(lease.control.parts().lock_id),
+        None => holds.lose(lease.control.parts().lock_id),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::TimeDelta;
+    use leasehold_domain::{GuardParts, Holder, LockGuard, LockId, LockMode, LockName};
+
+    use super::*;
+
+    /// The caller has extended a lease while a beat for the old slice was under way.
+    #[test]
+    fn an_answer_proves_no_more_than_was_asked_for() {
+        let (short, long) = (Duration::from_secs(10), Duration::from_secs(1000));
+        let sent = Boottime.now();
+        let ends = sent.plus(long * 10);
+        let parts = GuardParts {
+            name: LockName::new(["a"]).unwrap(),
+            mode: LockMode::Exclusive,
+            lock_id: LockId::new(),
+            fencing_token: None,
+            holder: Holder::new("o", "op"),
+            acquired_at: Utc::now(),
+            expires_at: Some(Utc::now()),
+            trusted_until: Some(sent.plus(short)),
+            clock: Arc::new(Boottime),
+        };
+        let guard = LockGuard::new(parts, || {});
+        let table = Arc::new(LeaseTable::own());
+        let schedule = next_renewal(sent, short);
+        let hold = LeaseHold::new(table, vec!["a".into()], true, long * 10, ends, schedule);
+        let lease = Lease {
+            control: guard.control(),
+            hold: Arc::new(hold),
+        };
+        lease.hold.reschedule(next_renewal(sent, long));
+        let answered = sent.plus(Duration::from_secs(1));
+        let answer = Answer {
+            until: Some(Utc::now() + TimeDelta::seconds(11)),
+            live: true,
+        };
+        settle(&Holds::default(), &lease, answered, short, answer);
+        assert!(guard.trusted_until().unwrap() <= answered.plus(short));
+        assert_eq!(lease.hold.schedule().ttl, long, "the next renewal asks for more");
     }
 }

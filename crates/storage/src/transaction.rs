@@ -8,11 +8,14 @@ use diesel_async::{
 use leasehold_domain::{ErrorClass, HoldControl, LockGuard, LockId, Unavailable};
 use std::time::Duration;
 
+use crate::advisory::transaction::OpenTransaction;
 use crate::database::Database;
 use crate::error::StorageError;
 use crate::holds::Scope;
+use crate::incarnation::{self, Incarnation, IncarnationRow};
 use crate::lease::LeaseHold;
 use crate::pool::{Checkout, Pool};
+use crate::process::Process;
 use crate::statement::Prepared;
 
 /// How long to look for the fate of a transaction whose COMMIT was not answered.
@@ -194,6 +197,9 @@ impl Database {
         let pool = &self.process.pool;
         match hold.scope {
             Scope::Lease(lease) => {
+                if lease.has_ended() {
+                    return Err(lost());
+                }
                 let mut checkout = begin(pool).await?;
                 let value = match work(checkout.conn()).await {
                     Ok(value) => value,
@@ -239,6 +245,12 @@ impl Database {
                 let Some((mut checkout, id)) = transaction.take() else {
                     return Err(lost());
                 };
+                let mut lent = Lent {
+                    process: &self.process,
+                    transaction: &transaction,
+                    guard,
+                    answered: false,
+                };
                 let result = match work(checkout.conn()).await {
                     Ok(_) if guard.is_lost() => {
                         rollback(checkout).await;
@@ -253,8 +265,7 @@ impl Database {
                         Err(TransactionError::Work(error))
                     }
                 };
-                transaction.set_ended();
-                self.process.freed(guard.name());
+                lent.answered = true;
                 result
             }
             // Nothing in a transaction can prove that another session still has its lock.
@@ -284,15 +295,37 @@ struct Fencing<'a> {
 
 impl<'a> Fencing<'a> {
     fn start(lease: &'a LeaseHold, control: &'a HoldControl) -> Self {
-        lease.set_fencing(true);
+        lease.begin_fencing();
         Self { lease, control }
     }
 }
 
 impl Drop for Fencing<'_> {
     fn drop(&mut self) {
-        self.control.pin(false);
-        self.lease.set_fencing(false);
+        // What the commit has released is over as it was meant to be: the clock says nothing of it any more.
+        if !self.lease.has_ended() {
+            self.control.pin(false);
+        }
+        self.lease.end_fencing();
+    }
+}
+
+/// While it lives the caller's work has the transaction of a lock. However that ends, the hold is over.
+struct Lent<'a> {
+    process: &'a Process,
+    transaction: &'a OpenTransaction,
+    guard: &'a LockGuard,
+    /// Whether the caller is told how it ended. If not, it went away in the middle, and the guard is told.
+    answered: bool,
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        self.transaction.set_ended();
+        if !self.answered {
+            self.process.holds.lose(self.guard.lock_id());
+        }
+        self.process.freed(self.guard.name());
     }
 }
 
@@ -383,9 +416,13 @@ async fn finish<E>(pool: &Pool, mut checkout: Checkout, ending: Ending) -> Resul
             Err(TransactionError::CommitRolledBack(error.into()))
         }
         Err(error) => {
+            let incarnation = checkout.incarnation();
             drop(checkout);
             let fate = match &ending.transaction {
-                Some(transaction) => tokio::time::timeout(RESOLVE, fate(pool, transaction)).await.ok(),
+                Some(transaction) => {
+                    let fate = tokio::time::timeout(RESOLVE, fate(pool, transaction, incarnation));
+                    fate.await.unwrap_or(None)
+                }
                 None => None,
             };
             match fate {
@@ -423,14 +460,22 @@ enum Fate {
 struct FateRow {
     #[diesel(sql_type = Nullable<Text>)]
     status: Option<String>,
+    #[diesel(embed)]
+    server: IncarnationRow,
 }
 
-/// Asks until the transaction has ended; the server may still be busy with it.
-async fn fate(pool: &Pool, transaction: &str) -> Fate {
+/// Asks until the transaction has ended; the server may still be busy with it. `None` when the server has crashed
+/// since: then it may be telling of another transaction that was given the same id. An abort is believed all the
+/// same: had ours committed, its id would not have been given out again.
+async fn fate(pool: &Pool, transaction: &str, began_in: Option<Incarnation>) -> Option<Fate> {
+    let ask = format!(
+        "SELECT pg_xact_status($1::xid8) AS status, {}",
+        incarnation::COLUMN
+    );
     loop {
         let asked = pool
             .run(async |conn| {
-                let query = diesel::sql_query("SELECT pg_xact_status($1::xid8) AS status");
+                let query = diesel::sql_query(&ask);
                 Ok::<FateRow, StorageError>(
                     Prepared(query.bind::<Text, _>(transaction))
                         .get_result(conn)
@@ -438,9 +483,9 @@ async fn fate(pool: &Pool, transaction: &str) -> Fate {
                 )
             })
             .await;
-        match asked.as_ref().map(|row| row.status.as_deref()) {
-            Ok(Some("committed")) => return Fate::Committed,
-            Ok(Some("aborted")) => return Fate::RolledBack,
+        match asked.as_ref().map(|row| (row.status.as_deref(), row.server.get())) {
+            Ok((Some("committed"), now)) => return (now.is_some() && now == began_in).then_some(Fate::Committed),
+            Ok((Some("aborted"), _)) => return Some(Fate::RolledBack),
             Ok(_) | Err(_) => tokio::time::sleep(RESOLVE_POLL).await,
         }
     }

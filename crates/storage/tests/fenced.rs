@@ -375,6 +375,45 @@ async fn a_dropped_transaction_writes_nothing_and_frees_the_lock() {
     }
 }
 
+/// Whoever drops a transaction in the middle of its work has ended it, and the lock with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guard_that_outlives_its_dropped_transaction_is_told() {
+    let bench = Bench::start().await;
+    let lock = bench.lock(Mode::Transaction);
+    let guard = lock.try_acquire(&request()).await.unwrap();
+    let (begun, mut working) = tokio::sync::oneshot::channel();
+    tokio::select! {
+        result = bench.process.fenced_transaction(&guard, async |conn| {
+            insert(conn, 1).await?;
+            begun.send(()).unwrap();
+            std::future::pending::<Result<(), Failure>>().await
+        }) => panic!("{result:?}"),
+        begun = &mut working => begun.unwrap(),
+    }
+    eventually("the loss is told", async || guard.is_lost()).await;
+    let next = lock.acquire(&request(), Duration::from_secs(10)).await.unwrap();
+    assert_eq!(lock.release(guard).await.unwrap(), Released::AlreadyGone);
+    assert!(!next.is_lost());
+    assert!(bench.written().await.is_empty());
+}
+
+/// The commit was the release: what the clock does to the guard afterwards is no loss.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_that_was_released_by_the_commit_is_never_lost() {
+    let bench = Bench::start().await;
+    let lock = bench.process.leases();
+    let ttl = Duration::from_millis(200);
+    let guard = lock.try_acquire(&request().with_ttl(ttl)).await.unwrap();
+    write(&bench.process, &guard, 1).await.unwrap();
+    eventually("its slice is over", async || guard.held_for() > ttl * 2).await;
+    assert!(!guard.is_lost());
+    let again = write(&bench.process, &guard, 2).await;
+    assert!(matches!(again, Err(TransactionError::Lost)), "{again:?}");
+    assert!(!guard.is_lost());
+    assert_eq!(lock.release(guard).await.unwrap(), Released::Held);
+    assert_eq!(bench.written().await, [1]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn acquiring_waits_for_no_row_lock() {
     let bench = Bench::start().await;

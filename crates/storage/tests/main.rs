@@ -4,6 +4,7 @@
 
 mod fenced;
 mod keys;
+mod leases;
 mod migrate;
 mod providers;
 mod session;

@@ -301,7 +301,7 @@ impl PgTransactionLock {
 /// Looks once more that the session still has the lock: it may serve somebody else by now.
 const TERMINATE: &str = "\
 WITH ended AS MATERIALIZED (
-    SELECT pg_terminate_backend(l.pid) AS done FROM pg_locks AS l
+    SELECT pg_terminate_backend(l.pid, 5000) AS done FROM pg_locks AS l
     WHERE l.pid = $1 AND l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
       AND (l.classid::bigint << 32) | l.objid::bigint = $2
@@ -414,7 +414,8 @@ impl DistributedLock for PgTransactionLock {
                 ..
             }) = self.process.holds.get(guard.lock_id())
             else {
-                guard.defuse();
+                // Lost, or another kind of lock, which its guard knows how to end.
+                drop(guard);
                 return Ok(Released::AlreadyGone);
             };
             let released = match open.take() {

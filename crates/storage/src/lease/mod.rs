@@ -5,7 +5,7 @@ pub(crate) mod renewer;
 pub(crate) mod row;
 pub(crate) mod table;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,8 +25,8 @@ pub(crate) struct LeaseHold {
     /// Whether renewals must reach the disk before they count.
     pub(crate) durable: bool,
     schedule: Mutex<Schedule>,
-    /// A fence of ours is under way: a row that is locked or gone is our own doing.
-    fencing: AtomicBool,
+    /// How many fences and releases of ours are under way: a row that is locked or gone is our own doing.
+    fencing: AtomicUsize,
     /// A fenced transaction has released it.
     ended: AtomicBool,
 }
@@ -47,7 +47,7 @@ impl LeaseHold {
         ends: Monotonic,
         schedule: Schedule,
     ) -> Self {
-        let (fencing, ended) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (fencing, ended) = (AtomicUsize::new(0), AtomicBool::new(false));
         Self {
             table,
             keys,
@@ -74,11 +74,15 @@ impl LeaseHold {
     }
 
     pub(crate) fn is_fencing(&self) -> bool {
-        self.fencing.load(Ordering::Acquire)
+        self.fencing.load(Ordering::Acquire) > 0
     }
 
-    pub(crate) fn set_fencing(&self, fencing: bool) {
-        self.fencing.store(fencing, Ordering::Release);
+    pub(crate) fn begin_fencing(&self) {
+        self.fencing.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn end_fencing(&self) {
+        self.fencing.fetch_sub(1, Ordering::AcqRel);
     }
 
     pub(crate) fn has_ended(&self) -> bool {
@@ -109,9 +113,12 @@ fn margin(ttl: Duration) -> Duration {
     (ttl / 10).clamp(Duration::from_millis(10), Duration::from_secs(1))
 }
 
+/// As good as for ever, and an interval that Postgres can still add to a time.
+const CENTURY: f64 = 100.0 * 365.25 * 24.0 * 60.0 * 60.0;
+
 /// Seconds for a bind: Postgres multiplies an interval with it.
 pub(crate) fn seconds(duration: Duration) -> f64 {
-    duration.as_secs_f64()
+    duration.as_secs_f64().min(CENTURY)
 }
 
 #[cfg(test)]

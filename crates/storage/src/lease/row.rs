@@ -293,9 +293,7 @@ impl RowLease {
         );
         let guard = LockGuard::new(parts, move || {
             process.holds.remove(lock_id);
-            if dropped.has_ended() {
-                process.freed(&name);
-            } else {
+            if !dropped.has_ended() {
                 let (table, keys) = (Arc::clone(&dropped.table), dropped.keys.clone());
                 process.reaper.release(Lease {
                     table,
@@ -312,12 +310,13 @@ impl RowLease {
 
     async fn send_extend(
         &self,
+        table: &LeaseTable,
         keys: &[String],
         lock_id: LockId,
         ttl: Duration,
         max_hold: Duration,
     ) -> Result<Option<ExtendRow>, StorageError> {
-        let mut query = diesel::sql_query(&self.table.extend)
+        let mut query = diesel::sql_query(&table.extend)
             .into_boxed::<diesel::pg::Pg>()
             .bind::<SqlUuid, _>(lock_id.as_uuid())
             .bind::<Double, _>(seconds(ttl))
@@ -331,8 +330,13 @@ impl RowLease {
             .await
     }
 
-    async fn send_release(&self, keys: &[String], lock_id: LockId) -> Result<Released, StorageError> {
-        let mut query = diesel::sql_query(&self.table.release)
+    async fn send_release(
+        &self,
+        table: &LeaseTable,
+        keys: &[String],
+        lock_id: LockId,
+    ) -> Result<Released, StorageError> {
+        let mut query = diesel::sql_query(&table.release)
             .into_boxed::<diesel::pg::Pg>()
             .bind::<SqlUuid, _>(lock_id.as_uuid());
         for key in keys {
@@ -510,7 +514,7 @@ impl DistributedLock for RowLease {
         }
         let sent = Boottime.now();
         let row = self
-            .send_extend(&keys, lock_id, request.ttl(), request.max_hold())
+            .send_extend(&self.table, &keys, lock_id, request.ttl(), request.max_hold())
             .await?;
         let row = row.ok_or(ResumeError::NotHeld { lock_id })?;
         let age = Duration::try_from_secs_f64(row.age).unwrap_or_default();
@@ -540,11 +544,11 @@ impl DistributedLock for RowLease {
         if lease.ends <= sent {
             return Err(ExtendError::MaxHoldReached);
         }
-        if guard.is_lost() {
+        if guard.is_lost() || lease.has_ended() {
             return Err(ExtendError::Lost);
         }
         let row = self
-            .send_extend(&lease.keys, guard.lock_id(), ttl, lease.max_hold)
+            .send_extend(&lease.table, &lease.keys, guard.lock_id(), ttl, lease.max_hold)
             .await?;
         let Some(row) = row else {
             self.process.holds.lose(guard.lock_id());
@@ -565,22 +569,24 @@ impl DistributedLock for RowLease {
     async fn release(&self, guard: LockGuard) -> Result<Released, ReleaseError> {
         let span = observe::span("release", "lease", guard.name());
         async {
-            let name = guard.name().clone();
-            let lock_id = guard.lock_id();
-            let ended = match self.process.holds.get(lock_id).map(|hold| hold.scope) {
+            let (name, lock_id) = (guard.name().clone(), guard.lock_id());
+            // Until the answer is here the guard stays armed: a dropped release goes on in the background.
+            let released = match self.process.holds.get(lock_id).map(|hold| hold.scope) {
+                Some(Scope::Lease(lease)) if lease.has_ended() => Released::Held,
                 Some(Scope::Lease(lease)) => {
                     // A beat that finds the row released meanwhile must not take that for a loss.
-                    lease.set_fencing(true);
-                    lease.has_ended()
+                    lease.begin_fencing();
+                    self.send_release(&lease.table, &lease.keys, lock_id).await?
                 }
-                _ => false,
-            };
-            // Until the answer is here the guard stays armed: a dropped release goes on in the background.
-            let released = if ended {
-                Released::Held
-            } else {
-                let keys = self.table.key_values(&name).unwrap_or_default();
-                self.send_release(&keys, lock_id).await?
+                // Another kind of lock, which its guard knows how to end.
+                Some(_) => {
+                    drop(guard);
+                    return Ok(Released::Held);
+                }
+                None => match self.table.key_values(&name) {
+                    Ok(keys) => self.send_release(&self.table, &keys, lock_id).await?,
+                    Err(_) => Released::AlreadyGone,
+                },
             };
             self.process.holds.remove(lock_id);
             guard.defuse();

@@ -19,8 +19,8 @@ use crate::config::WorkspaceLockMode;
 const SETTING: &str = "workspace_lock_mode";
 /// How long a start waits for a change of the mode to end.
 const WAIT: Duration = Duration::from_secs(10);
-/// The lock ends with its session; this only bounds it.
-const MAX_HOLD: Duration = Duration::from_secs(24 * 60 * 60);
+/// The lock ends with its session, and an instance may live for years.
+const MAX_HOLD: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
 
 /// Why the kind of lock could not be agreed on, or changed.
 #[derive(Debug, thiserror::Error)]

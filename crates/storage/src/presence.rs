@@ -22,14 +22,15 @@ const WORTH_TELLING: Duration = Duration::from_millis(250);
 /// How often all holds are told again; readers ignore what was not told for 10 seconds.
 const TELL_AGAIN: Duration = Duration::from_secs(3);
 
-/// One statement for all holds, which removes those that ended.
+/// One statement for all holds, which removes those that ended, and those of processes that ended without a word.
 const PUBLISH: &str = "\
 WITH told AS (
     SELECT * FROM unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::int[], $7::text[], $8::text[],
                          $9::text[], $10::jsonb[], $11::timestamptz[])
         AS t(lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata, acquired_at)
 ), ended AS (
-    DELETE FROM leasehold.presence WHERE process_id = $1 AND lock_id <> ALL ($2)
+    DELETE FROM leasehold.presence
+    WHERE (process_id = $1 AND lock_id <> ALL ($2)) OR seen_at < clock_timestamp() - interval '1 minute'
 )
 INSERT INTO leasehold.presence
        (process_id, lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata, acquired_at,

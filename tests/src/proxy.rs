@@ -205,7 +205,12 @@ impl Proxy {
         self.cut();
     }
 
-    /// Ends what [`Proxy::go_away`] began.
+    /// Lets nobody new through. Connections that are open stay so.
+    pub fn hold_off(&self) {
+        self.shared.state().away = true;
+    }
+
+    /// Ends what [`Proxy::go_away`] or [`Proxy::hold_off`] began.
     pub fn come_back(&self) {
         self.shared.state().away = false;
     }

@@ -5,19 +5,45 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use diesel_async::AsyncPgConnection;
 use futures_util::FutureExt;
 use leasehold_domain::DistributedLock;
 use leasehold_embedded::Cluster;
-use leasehold_storage::{Database, TransactionError};
+use leasehold_storage::{ConnectOptions, Database, TransactionError};
 use leasehold_system_tests::database::TestDatabase;
 use leasehold_system_tests::patience::{PATIENCE, eventually, in_time};
+use leasehold_system_tests::proxy::{Fault, Proxy};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bench::{
     Bench, Failure, MODES, create_table, for_a_write, insert, lock, named, write_under, written,
 };
 
-/// One backend is killed, which makes Postgres end all sessions and recover: a crash and a restart.
+/// Kills one backend, which makes Postgres end all sessions and recover, and waits until it has.
+async fn crash(database: &TestDatabase) {
+    let client = database.client().await;
+    let victim: i32 = client
+        .query_one("SELECT pg_backend_pid()", &[])
+        .await
+        .unwrap()
+        .get(0);
+    kill_process(Pid::from_raw(victim).unwrap(), Signal::KILL).unwrap();
+    eventually("the server has noticed", async || client.is_closed()).await;
+    eventually("the server is up again", async || match tokio_postgres::connect(
+        database.url(),
+        tokio_postgres::NoTls,
+    )
+    .await
+    {
+        Ok((client, driver)) => {
+            tokio::spawn(async move { driver.await.ok() });
+            client.batch_execute("SELECT").await.is_ok()
+        }
+        Err(_) => false,
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn heavy_a_server_that_restarts_under_load_is_used_again_within_five_seconds() {
     let cluster = tokio::task::spawn_blocking(|| Cluster::temporary().start().unwrap())
@@ -64,33 +90,7 @@ async fn heavy_a_server_that_restarts_under_load_is_used_again_within_five_secon
             eventually("writes go on", async || sure.lock().unwrap().len() >= goal).await;
         };
         progress(50).await;
-        let victim: i32 = {
-            let client = database.client().await;
-            client
-                .query_one("SELECT pg_backend_pid()", &[])
-                .await
-                .unwrap()
-                .get(0)
-        };
-        // That session is gone or goes; any other of the load will do.
-        let client = database.client().await;
-        let sql = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> $1
-                   AND pid <> pg_backend_pid() AND backend_type = 'client backend' LIMIT 1";
-        let victim: i32 = client.query_one(sql, &[&victim]).await.unwrap().get(0);
-        kill_process(Pid::from_raw(victim).unwrap(), Signal::KILL).unwrap();
-        eventually("the server is up again", async || match tokio_postgres::connect(
-            database.url(),
-            tokio_postgres::NoTls,
-        )
-        .await
-        {
-            Ok((client, driver)) => {
-                tokio::spawn(async move { driver.await.ok() });
-                client.batch_execute("SELECT").await.is_ok()
-            }
-            Err(_) => false,
-        })
-        .await;
+        crash(&database).await;
         let up = Instant::now();
         progress(50).await;
         let recovered = up.elapsed();
@@ -102,10 +102,10 @@ async fn heavy_a_server_that_restarts_under_load_is_used_again_within_five_secon
         // What was told is true.
         let written: BTreeSet<i64> = written(&database.client().await).await.into_iter().collect();
         let (sure, doubtful) = (sure.lock().unwrap(), doubtful.lock().unwrap());
+        let missing: BTreeSet<i64> = sure.difference(&written).copied().collect();
         assert!(
-            sure.is_subset(&written),
-            "{mode:?}: lost {:?}",
-            sure.difference(&written)
+            missing.is_empty(),
+            "{mode:?}: {missing:?} was promised, and is not there"
         );
         let surplus: BTreeSet<i64> = written.difference(&sure).copied().collect();
         assert!(
@@ -113,6 +113,75 @@ async fn heavy_a_server_that_restarts_under_load_is_used_again_within_five_secon
             "{mode:?}: {surplus:?} was written, and denied"
         );
     }
+}
+
+/// What a crash throws away takes the ids of its transactions along: the next ones get them again, and commit.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_id_that_is_given_out_again_after_a_crash_is_not_believed() {
+    // Nothing but commits writes the log.
+    let start = || {
+        Cluster::temporary()
+            .set("wal_writer_delay", "10s")
+            .start()
+            .unwrap()
+    };
+    let cluster = tokio::task::spawn_blocking(start).await.unwrap();
+    for mode in MODES {
+        let database = TestDatabase::create_on(&cluster.url("postgres")).await;
+        create_table(&database.client().await).await;
+        let proxy = Proxy::start(&database);
+        let options = ConnectOptions::parse(&proxy.url(&database), None).unwrap();
+        let process = Database::connect(options, 2).await.unwrap();
+        let guard = lock(&process, mode)
+            .try_acquire(&for_a_write("plan"))
+            .await
+            .unwrap();
+        let mut held = proxy.on_commit(Fault::HoldStatement);
+        let id = Mutex::new(0);
+        let write = process.fenced_transaction_releasing(&guard, async |conn| {
+            insert(conn, 1).await?;
+            *id.lock().unwrap() = current_id(conn).await?;
+            Ok::<_, Failure>(())
+        });
+        let trouble = async {
+            held.happened().await;
+            // Until the id has gone to somebody else nobody is told anything.
+            proxy.hold_off();
+            crash(&database).await;
+            let other = database.client().await;
+            eventually("the id is given out again", async || {
+                let take = "INSERT INTO written VALUES ((SELECT 1000 + count(*) FROM written))
+                            RETURNING pg_current_xact_id()::text::bigint";
+                other.query_one(take, &[]).await.unwrap().get::<_, i64>(0) >= *id.lock().unwrap()
+            })
+            .await;
+            let status = format!("SELECT pg_xact_status('{}')", id.lock().unwrap());
+            let status: String = other.query_one(&status, &[]).await.unwrap().get(0);
+            assert_eq!(status, "committed", "or this tests nothing");
+            proxy.come_back();
+        };
+        let (result, ()) = in_time("the write", async { tokio::join!(write, trouble) }).await;
+        assert!(
+            matches!(
+                result,
+                Err(TransactionError::OutcomeUnknown { .. } | TransactionError::CommitRolledBack(_))
+            ),
+            "{mode:?}: {result:?}"
+        );
+        assert!(!written(&database.client().await).await.contains(&1), "{mode:?}");
+    }
+}
+
+async fn current_id(conn: &mut AsyncPgConnection) -> Result<i64, Failure> {
+    #[derive(diesel::QueryableByName)]
+    struct Row {
+        #[diesel(sql_type = diesel::sql_types::BigInt)]
+        id: i64,
+    }
+    let ask = diesel::sql_query("SELECT pg_current_xact_id()::text::bigint AS id");
+    // By path: the trait has a `load` for everything, atomic numbers included.
+    let row: Row = diesel_async::RunQueryDsl::get_result(ask, conn).await?;
+    Ok(row.id)
 }
 
 #[tokio::test(flavor = "multi_thread")]

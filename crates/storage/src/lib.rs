@@ -6,6 +6,7 @@ mod connect;
 mod database;
 mod error;
 mod holds;
+mod incarnation;
 mod keeper;
 mod lease;
 pub mod migrate;

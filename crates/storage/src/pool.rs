@@ -8,12 +8,13 @@
 use std::fmt;
 use std::time::Duration;
 
-use diesel_async::AsyncPgConnection;
 use diesel_async::pooled_connection::PoolableConnection;
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use futures_util::{FutureExt, StreamExt};
 
 use crate::connect::ConnectOptions;
 use crate::error::StorageError;
+use crate::incarnation::{self, Incarnation, IncarnationRow};
 
 /// How long a caller waits for a connection before it is told that the database is not available.
 const CHECKOUT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -112,6 +113,11 @@ impl Checkout {
         matches!(ends.next().now_or_never(), Some(None | Some(Err(_))))
     }
 
+    /// The life of the server that the connection was made in.
+    pub(crate) fn incarnation(&self) -> Option<Incarnation> {
+        self.0.incarnation
+    }
+
     /// Says that no statement is under way, so that the connection may serve others.
     pub(crate) fn settle(mut self) {
         self.0.tainted = false;
@@ -127,6 +133,7 @@ struct Manager {
 struct Pooled {
     conn: AsyncPgConnection,
     tainted: bool,
+    incarnation: Option<Incarnation>,
 }
 
 impl bb8::ManageConnection for Manager {
@@ -136,8 +143,14 @@ impl bb8::ManageConnection for Manager {
     async fn connect(&self) -> Result<Pooled, StorageError> {
         let (client, driver) = self.options.open().await?;
         // Unlike `try_from(client)` this closes the socket as soon as the connection is dropped.
-        let conn = AsyncPgConnection::try_from_client_and_connection(client, driver).await?;
-        Ok(Pooled { conn, tainted: false })
+        let mut conn = AsyncPgConnection::try_from_client_and_connection(client, driver).await?;
+        let ask = diesel::sql_query(format!("SELECT {}", incarnation::COLUMN));
+        let row: IncarnationRow = ask.get_result(&mut conn).await?;
+        Ok(Pooled {
+            conn,
+            tainted: false,
+            incarnation: row.get(),
+        })
     }
 
     async fn is_valid(&self, pooled: &mut Pooled) -> Result<(), StorageError> {

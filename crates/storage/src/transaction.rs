@@ -483,8 +483,13 @@ async fn fate(pool: &Pool, transaction: &str, began_in: Option<Incarnation>) -> 
                 )
             })
             .await;
-        match asked.as_ref().map(|row| (row.status.as_deref(), row.server.get())) {
-            Ok((Some("committed"), now)) => return (now.is_some() && now == began_in).then_some(Fate::Committed),
+        match asked
+            .as_ref()
+            .map(|row| (row.status.as_deref(), row.server.get()))
+        {
+            Ok((Some("committed"), now)) => {
+                return (now.is_some() && now == began_in).then_some(Fate::Committed);
+            }
             Ok((Some("aborted"), _)) => return Some(Fate::RolledBack),
             Ok(_) | Err(_) => tokio::time::sleep(RESOLVE_POLL).await,
         }

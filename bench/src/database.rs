@@ -33,6 +33,11 @@ impl Server {
 
     /// A new database with the library's tables.
     pub(crate) async fn create(&self, name: &str) -> Result<BenchDatabase> {
+        self.create_with(name, &Migrations::storage()).await
+    }
+
+    /// A new database with these tables.
+    pub(crate) async fn create_with(&self, name: &str, migrations: &Migrations) -> Result<BenchDatabase> {
         let server = self.client().await?;
         server
             .batch_execute(&format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
@@ -43,7 +48,7 @@ impl Server {
         let database = BenchDatabase {
             url: format!("{address}/{name}?{query}"),
         };
-        Migrations::storage().run(&database.options()?).await?;
+        migrations.run(&database.options()?).await?;
         Ok(database)
     }
 }

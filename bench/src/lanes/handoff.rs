@@ -50,6 +50,11 @@ pub(crate) async fn one_name(bench: &Bench, database: &BenchDatabase) -> Result 
     }
     let db = database.open(8).await?;
     group.add(waiters(
+        "session",
+        db.session_locks(),
+        &request(&["wanted", "session"])?,
+    ));
+    group.add(waiters(
         "transaction",
         db.transaction_locks(),
         &request(&["wanted", "transaction"])?,

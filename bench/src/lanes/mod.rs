@@ -2,6 +2,7 @@
 
 mod growth;
 mod handoff;
+mod http;
 mod pairs;
 mod write;
 
@@ -12,6 +13,9 @@ use crate::{Bench, Result};
 pub(crate) async fn run(bench: &Bench) -> Result {
     let database = bench.server.create("leasehold_bench").await?;
     for clients in bench.options.clients.clone() {
+        pairs::session(bench, &database, clients).await?;
+    }
+    for clients in bench.options.clients.clone() {
         pairs::lease(bench, &database, clients).await?;
     }
     for clients in bench.options.clients.clone() {
@@ -20,6 +24,9 @@ pub(crate) async fn run(bench: &Bench) -> Result {
     write::create_tables(&database).await?;
     for clients in bench.options.clients.clone() {
         write::guarded(bench, &database, clients).await?;
+    }
+    for clients in bench.options.clients.clone() {
+        http::guarded_put(bench, clients).await?;
     }
     handoff::one_name(bench, &database).await?;
     growth::rows(bench).await?;

@@ -12,6 +12,7 @@ use crate::database::BenchDatabase;
 use crate::group::Group;
 use crate::lanes::request;
 use crate::measure::{Client, Clients, Lane};
+use crate::raw::{self, AdvisoryPair};
 use crate::{Bench, Result, pgbench};
 
 /// One of our locks, taken and given back.
@@ -53,6 +54,26 @@ fn group(mode: &str, clients: u32) -> Group {
         "pairs/s",
         &["raw", "pgbench"],
     )
+}
+
+/// Advisory locks of session scope: ours on shared sessions, the others on a connection for each client.
+pub(crate) async fn session(bench: &Bench, database: &BenchDatabase, clients: u32) -> Result {
+    let mut group = group("session", clients);
+    if !bench.wants(group.title()) {
+        return Ok(());
+    }
+    let db = database.open(1).await?;
+    group.add(ours(Arc::new(db.session_locks()), clients)?);
+    let raw = database.clients(clients, async |client, index| {
+        AdvisoryPair::new(client, raw::TRY_LOCK, i64::from(index)).await
+    });
+    group.add(Clients::lane("raw", raw.await?));
+    if let Some(pgbench) = &bench.pgbench {
+        let key = "(1000 + :client_id)::bigint";
+        let script = [raw::TRY_LOCK, raw::UNLOCK].map(|sql| pgbench::statement(sql, &[key]));
+        group.add(pgbench.lane(database, clients, &script.concat())?);
+    }
+    bench.measure(group).await
 }
 
 /// Lease rows: two statements, the acquire durable.

@@ -24,7 +24,7 @@ use super::table::{Command, Failure, Session, Unlocked};
 use super::{LockSession, chaser};
 use crate::advisory::AdvisoryKey;
 use crate::connect::{ConnectOptions, Driver};
-use crate::error::chain;
+use crate::error::{StorageError, chain};
 
 /// A session on which nothing was sent for so long is asked whether it is there.
 const PING: Duration = Duration::from_secs(3);
@@ -170,7 +170,7 @@ impl Kind {
 }
 
 impl Opened {
-    async fn open(options: &ConnectOptions, number: u64) -> Result<(Self, Driver), Error> {
+    async fn open(options: &ConnectOptions, number: u64) -> Result<(Self, Driver), StorageError> {
         let (client, mut driver) = options.open().await?;
         let prepared = {
             let mut preparing = pin!(Self::prepare(client, number));

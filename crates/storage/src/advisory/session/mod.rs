@@ -152,8 +152,11 @@ impl LockSession {
             locks = lost.len(),
             "a lock session has ended; it is replaced"
         );
-        for lock_id in lost {
-            self.holds.lose(lock_id);
+        for (_, lock_id) in &lost {
+            self.holds.lose(*lock_id);
+        }
+        for (key, _) in lost {
+            self.signals.freed(signal(key));
         }
     }
 

@@ -615,15 +615,15 @@ impl Table {
         }
     }
 
-    /// A session has ended: answers whose holds ended with it. Those who wait for them are asked for again.
-    pub(super) fn session_ended(&mut self, ended: Session) -> Vec<LockId> {
+    /// A session has ended: answers the holds that ended with it. What is waited for here is asked for again.
+    pub(super) fn session_ended(&mut self, ended: Session) -> Vec<(AdvisoryKey, LockId)> {
         let mut lost = Vec::new();
         let mut freed = Vec::new();
         for (key, entry) in &mut self.entries {
             if let Stage::Held(held) = &entry.stage
                 && held.session == ended
             {
-                lost.extend(held.holders.iter().map(|holding| holding.lock_id));
+                lost.extend(held.holders.iter().map(|holding| (*key, holding.lock_id)));
                 entry.stage = Stage::Idle;
                 entry.kept_since = None;
                 freed.push(*key);
@@ -769,3 +769,6 @@ fn take_tries(queue: &mut VecDeque<Waiter>, which: impl Fn(&Waiter) -> bool) -> 
     *queue = rest;
     tries.into()
 }
+
+#[cfg(test)]
+mod tests;

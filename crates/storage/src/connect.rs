@@ -7,10 +7,14 @@ use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::{Client, Config, Connection, SimpleQueryMessage, SimpleQueryRow, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
+use crate::error::StorageError;
 use crate::tls::{self, TlsMode};
 
 /// How long a TCP connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long all of it may take, on whichever of several hosts: a server that accepts and then says nothing would
+/// otherwise be waited for without end.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long sent data may stay unacknowledged. Keepalives alone do not notice a peer that vanished while data
 /// was under way.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(8);
@@ -106,24 +110,28 @@ impl ConnectOptions {
 
     /// Opens a connection and prepares its session. The driver must be polled for the client to work, which this
     /// does while it prepares.
-    pub(crate) async fn open(&self) -> Result<(Client, Driver), tokio_postgres::Error> {
-        let (client, mut driver) = self.config.connect(self.connector.clone()).await?;
-        {
-            let mut setup = std::pin::pin!(set_up(&client));
-            tokio::select! {
-                done = &mut setup => done?,
-                ended = &mut driver => {
-                    ended?;
-                    // The server hung up; the statement knows why.
-                    setup.await?;
+    pub(crate) async fn open(&self) -> Result<(Client, Driver), StorageError> {
+        let opening = tokio::time::timeout(OPEN_TIMEOUT, async {
+            let (client, mut driver) = self.config.connect(self.connector.clone()).await?;
+            {
+                let mut setup = std::pin::pin!(set_up(&client));
+                tokio::select! {
+                    done = &mut setup => done?,
+                    ended = &mut driver => {
+                        ended?;
+                        // The server hung up; the statement knows why.
+                        setup.await?;
+                    }
                 }
             }
-        }
-        Ok((client, driver))
+            Ok((client, driver))
+        });
+        let opened = opening.await;
+        opened.unwrap_or(Err(StorageError::ConnectTimedOut(OPEN_TIMEOUT)))
     }
 
     /// As [`open`](Self::open), with the driver in a task of its own, which ends when the client is dropped.
-    pub(crate) async fn open_spawned(&self) -> Result<Client, tokio_postgres::Error> {
+    pub(crate) async fn open_spawned(&self) -> Result<Client, StorageError> {
         let (client, driver) = self.open().await?;
         // An error of the driver is told to the statement that met it.
         tokio::spawn(async move { driver.await.ok() });

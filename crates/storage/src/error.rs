@@ -1,5 +1,8 @@
 //! The failures of the database as this crate sees them, and the one place where they become the domain's.
 
+use std::time::Duration;
+
+use diesel_async::{AsyncPgConnection, SimpleAsyncConnection};
 use leasehold_domain::{AcquireError, ExtendError, LockId, ReleaseError, ResumeError, Unavailable};
 
 /// Why a statement did not do its work.
@@ -14,6 +17,9 @@ pub(crate) enum StorageError {
     /// A connection could not be made.
     #[error("cannot connect to the database")]
     Connect(#[from] diesel::ConnectionError),
+    /// A connection was not ready in time.
+    #[error("the database let nobody in within {0:?}")]
+    ConnectTimedOut(Duration),
     /// The server refused the statement: it had no effect.
     #[error("the database refused a statement")]
     Refused(#[source] diesel::result::Error),
@@ -40,12 +46,25 @@ impl From<diesel::result::Error> for StorageError {
 }
 
 impl StorageError {
+    /// The error of a statement outside of a transaction, whose effect matters.
+    ///
+    /// A pooler that has lost the server says so by an error of its own, which looks like a refusal. What was really
+    /// refused left the connection as it was.
+    pub(crate) async fn of_connection(conn: &mut AsyncPgConnection, error: diesel::result::Error) -> Self {
+        match Self::from(error) {
+            Self::Refused(error) if conn.batch_execute("SELECT 1").await.is_err() => {
+                Self::Disconnected(error)
+            }
+            other => other,
+        }
+    }
+
     /// Whether the statement may have had its effect although no answer came.
     pub(crate) fn is_outcome_unknown(&self) -> bool {
         match self {
             Self::Disconnected(_) => true,
             Self::Driver(error) => error.as_db_error().is_none(),
-            Self::NoConnection | Self::Connect(_) | Self::Refused(_) => false,
+            Self::NoConnection | Self::Connect(_) | Self::ConnectTimedOut(_) | Self::Refused(_) => false,
         }
     }
 
@@ -64,7 +83,7 @@ impl StorageError {
 
 impl From<StorageError> for Unavailable {
     fn from(error: StorageError) -> Self {
-        Self::because(error.to_string(), error)
+        Self::because("the database did not do what it was asked", error)
     }
 }
 
@@ -96,4 +115,20 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_layer_repeats_another() {
+        let error = StorageError::Refused(diesel::result::Error::NotFound);
+        let told = chain(&error.into_acquire(LockId::new()));
+        let mut layers: Vec<&str> = told.split(": ").collect();
+        let all = layers.len();
+        layers.sort_unstable();
+        layers.dedup();
+        assert_eq!(layers.len(), all, "{told}");
+    }
 }

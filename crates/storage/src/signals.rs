@@ -16,6 +16,7 @@ use tokio_postgres::{AsyncMessage, Client};
 
 use crate::advisory::AdvisoryKey;
 use crate::connect::ConnectOptions;
+use crate::error::StorageError;
 use crate::keeper::Keeper;
 
 const WAIT_CHANNEL: &str = "leasehold_wait";
@@ -229,7 +230,7 @@ async fn run(options: ConnectOptions, state: Arc<State>, mut inbox: mpsc::Unboun
 async fn listen(
     options: &ConnectOptions,
     state: &Arc<State>,
-) -> Result<(Arc<Client>, watch::Receiver<()>), tokio_postgres::Error> {
+) -> Result<(Arc<Client>, watch::Receiver<()>), StorageError> {
     let (client, mut driver) = options.open().await?;
     let client = Arc::new(client);
     let (ended, closed) = watch::channel(());

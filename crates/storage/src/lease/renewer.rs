@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::clock::Boottime;
 use crate::connect::ConnectOptions;
-use crate::error::chain;
+use crate::error::{StorageError, chain};
 use crate::holds::{Holds, Scope};
 use crate::keeper::Keeper;
 use crate::lease::table::LeaseTable;
@@ -27,8 +27,6 @@ const TRY_AGAIN: Duration = Duration::from_millis(100);
 const CLOCK_LOOK: Duration = Duration::from_millis(500);
 /// A beat of thousands of rows may take this long, however short the slices are.
 const LEAST_WAIT: Duration = Duration::from_millis(250);
-/// How long it may take to be connected again. Nothing else can be done meanwhile.
-const CONNECT: Duration = Duration::from_secs(3);
 
 /// Keeps the leases of the process alive, from the keeper's thread and on a connection of its own, so that
 /// neither a blocked runtime nor an exhausted pool lets them expire.
@@ -162,7 +160,7 @@ async fn beat(
                     Ok(Err(error)) => chain(&error),
                     Err(_) => format!("no answer within {limit:?}"),
                 },
-                Err(failure) => failure,
+                Err(error) => chain(&error),
             };
             tracing::warn!(
                 error = failure,
@@ -186,14 +184,11 @@ async fn beat(
 async fn renewals<'a>(
     options: &ConnectOptions,
     connection: &'a mut Option<Renewals>,
-) -> Result<&'a mut Renewals, String> {
+) -> Result<&'a mut Renewals, StorageError> {
     match connection {
         Some(open) => Ok(open),
         None => {
-            let (client, driver) = match tokio::time::timeout(CONNECT, options.open()).await {
-                Ok(opened) => opened.map_err(|error| chain(&error))?,
-                Err(_) => return Err(format!("no connection within {CONNECT:?}")),
-            };
+            let (client, driver) = options.open().await?;
             tokio::spawn(driver);
             Ok(connection.insert(Renewals {
                 client,

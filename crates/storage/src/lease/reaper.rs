@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use leasehold_domain::{LockId, LockName};
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tokio_postgres::Client;
 use tokio_postgres::types::{ToSql, Type};
 
@@ -14,15 +15,14 @@ use crate::lease::table::LeaseTable;
 use crate::signals::{self, Signals};
 use crate::waiting::Queues;
 
-/// A row that somebody has locked is not waited for longer than this; the lease ends by itself.
+/// How long an answer may take.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(2);
-/// When to look again for an acquire that was dropped: its statement may reach the server after our release.
-const LOOK_AGAIN: [Duration; 4] = [
-    Duration::from_millis(10),
-    Duration::from_millis(50),
-    Duration::from_millis(250),
-    Duration::from_secs(1),
-];
+/// The first pause before the next try, and the longest; each is four times the one before.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+/// How long the statement of an acquire that was dropped may still be on its way to the server.
+const STILL_COMES: Duration = Duration::from_millis(1500);
+/// How long it is tried while the database is away, or a stranger has the row locked. Then the lease ends by itself.
+const GIVE_UP: Duration = Duration::from_secs(60);
 
 /// Releases in the background, on a connection of its own that is opened when it is first needed.
 #[derive(Clone, Debug)]
@@ -43,6 +43,18 @@ pub(crate) struct Lease {
     pub(crate) lock_id: LockId,
 }
 
+/// What an attempt to give a lease back found.
+#[derive(Clone, Copy)]
+enum Found {
+    /// It was ours, and has ended.
+    Ours,
+    /// It is not ours, or not yet.
+    Nothing,
+    /// It is ours, and somebody has the row locked.
+    Locked,
+    NoAnswer,
+}
+
 impl Reaper {
     pub(crate) fn new(keeper: Keeper, options: ConnectOptions, queues: Queues, signals: Signals) -> Self {
         Self {
@@ -56,33 +68,42 @@ impl Reaper {
 
     /// Gives back a lease that is held. Never blocks; works in any thread.
     pub(crate) fn release(&self, lease: Lease) {
-        let this = self.clone();
-        self.keeper.finish(async move {
-            for pause in LOOK_AGAIN {
-                if this.attempt(&lease).await.is_some() {
-                    break;
-                }
-                tokio::time::sleep(pause).await;
-            }
-        });
+        self.give_back(lease, Duration::ZERO);
     }
 
     /// Gives back what an acquire may have been granted after its caller went away.
     pub(crate) fn release_unanswered(&self, lease: Lease) {
+        self.give_back(lease, STILL_COMES);
+    }
+
+    /// `may_come` is for how long the lease may still appear.
+    fn give_back(&self, lease: Lease, may_come: Duration) {
         let this = self.clone();
         self.keeper.finish(async move {
-            for pause in LOOK_AGAIN {
-                if this.attempt(&lease).await == Some(true) {
-                    break;
+            let start = Instant::now();
+            let (mut pause, longest) = PAUSES;
+            loop {
+                let look_until = match this.attempt(&lease).await {
+                    Found::Ours => return,
+                    Found::Nothing => may_come,
+                    Found::Locked | Found::NoAnswer => GIVE_UP,
+                };
+                if start.elapsed() >= look_until {
+                    if look_until == GIVE_UP {
+                        tracing::warn!(lock = %lease.name, "a lease was not given back; it ends by itself");
+                    }
+                    return;
                 }
                 tokio::time::sleep(pause).await;
+                pause = longest.min(pause * 4);
             }
         });
     }
 
-    /// Whether the lease was there; `None` when the database did not answer.
-    async fn attempt(&self, lease: &Lease) -> Option<bool> {
-        let client = self.client().await?;
+    async fn attempt(&self, lease: &Lease) -> Found {
+        let Some(client) = self.client().await else {
+            return Found::NoAnswer;
+        };
         let lock_id = lease.lock_id.as_uuid();
         let mut binds: Vec<(&(dyn ToSql + Sync), Type)> = vec![(&lock_id, Type::UUID)];
         binds.extend(
@@ -91,30 +112,29 @@ impl Reaper {
                 .iter()
                 .map(|key| (key as &(dyn ToSql + Sync), Type::TEXT)),
         );
-        match tokio::time::timeout(
+        let answer = tokio::time::timeout(
             STATEMENT_TIMEOUT,
-            client.query_typed(&lease.table.release, &binds),
-        )
-        .await
-        {
+            client.query_typed(&lease.table.give_back, &binds),
+        );
+        let failure = match answer.await {
             Ok(Ok(rows)) => {
-                if !rows.is_empty() {
-                    self.queues.freed(&lease.name);
-                    self.signals.freed(signals::key(&lease.name));
-                }
-                Some(!rows.is_empty())
+                let found = rows.first().map(|row| (row.get("ended"), row.get("there")));
+                return match found {
+                    Some((true, _)) => {
+                        self.queues.freed(&lease.name);
+                        self.signals.freed(signals::key(&lease.name));
+                        Found::Ours
+                    }
+                    Some((false, true)) => Found::Locked,
+                    Some((false, false)) | None => Found::Nothing,
+                };
             }
-            Ok(Err(error)) => {
-                tracing::warn!(error = crate::error::chain(&error), lock = %lease.name, "a lease was not given back");
-                *self.client.lock().await = None;
-                None
-            }
-            Err(_) => {
-                tracing::warn!(lock = %lease.name, "a lease was not given back in time; it ends by itself");
-                *self.client.lock().await = None;
-                None
-            }
-        }
+            Ok(Err(error)) => crate::error::chain(&error),
+            Err(_) => format!("no answer within {STATEMENT_TIMEOUT:?}"),
+        };
+        tracing::debug!(error = failure, lock = %lease.name, "a lease is not given back yet");
+        *self.client.lock().await = None;
+        Found::NoAnswer
     }
 
     async fn client(&self) -> Option<Arc<Client>> {
@@ -130,7 +150,7 @@ impl Reaper {
                 Some(open)
             }
             Err(error) => {
-                tracing::warn!(
+                tracing::debug!(
                     error = crate::error::chain(&error),
                     "cannot connect to give leases back"
                 );

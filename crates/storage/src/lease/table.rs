@@ -168,6 +168,9 @@ pub struct LeaseTable {
     pub(crate) acquire_with_write: String,
     /// Binds: lock id; the key values. A row with `live`.
     pub(crate) release: String,
+    /// As `release`, for the background: waits for no row lock. A row that says whether it `ended` something, and
+    /// whether the lease was `there`.
+    pub(crate) give_back: String,
     /// Binds: lock id, ttl and longest hold in seconds; the key values. A row with the new `expires_at`,
     /// `acquired_at`, `fencing_token` and `age` in seconds.
     pub(crate) extend: String,
@@ -255,6 +258,7 @@ impl LeaseTable {
                 "CASE WHEN given.fencing_token IS NOT NULL THEN set_config('synchronous_commit', 'off', true) END",
             ),
             release: fill(RELEASE),
+            give_back: fill(GIVE_BACK),
             extend: fill(EXTEND),
             renew: fill(RENEW),
             fence: fill(&FENCE.replace("{set}", "{expires_at} = t.{expires_at}")),
@@ -358,6 +362,19 @@ UPDATE {table} AS t
 SET {clear}
 FROM mine WHERE {same mine}
 RETURNING mine.until > clock_timestamp() AS live, set_config('synchronous_commit', 'off', true) AS commit";
+
+/// Many of these go over one connection: one that waited would keep the others waiting.
+const GIVE_BACK: &str = "\
+WITH there AS MATERIALIZED (
+    SELECT FROM {table} AS t WHERE {match 2} AND {id} = $1
+), mine AS MATERIALIZED (
+    SELECT {keys} FROM {table} AS t WHERE {match 2} AND {id} = $1 FOR NO KEY UPDATE SKIP LOCKED
+), ended AS (
+    UPDATE {table} AS t SET {clear}
+    FROM mine WHERE {same mine}
+    RETURNING set_config('synchronous_commit', 'off', true) AS commit
+)
+SELECT (SELECT count(commit) FROM ended) > 0 AS ended, EXISTS (SELECT FROM there) AS there";
 
 /// The expiry is looked at after the row is locked: a wait for the row must not revive what expired meanwhile.
 const EXTEND: &str = "\

@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use diesel::sql_types::{BigInt, Bool, Double, Jsonb, Nullable, Text, Timestamptz, Uuid as SqlUuid};
 use diesel::{OptionalExtension, QueryableByName};
-use diesel_async::RunQueryDsl;
+use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use futures_util::FutureExt;
 use leasehold_domain::{
     AcquireError, Contention, DistributedLock, Durability, ExtendError, FencingToken, GuardParts, HeldLock,
@@ -154,40 +154,35 @@ impl RowLease {
             lock_id,
             armed: true,
         };
-        let mut looked_before = false;
+        let (mut looked_before, mut in_doubt) = (false, false);
         loop {
+            unanswered.armed = true;
             let sent = Boottime.now();
-            let row = match self.send_acquire(request, keys, lock_id).await {
-                Ok(row) => row,
-                Err(error) => {
-                    // Either nothing is held, or `resume` or the end of the lease settles it.
-                    unanswered.armed = false;
-                    return Err(error.into_acquire(lock_id));
-                }
-            };
+            let answered = self.send_acquire(request, keys, lock_id).await;
+            // Of two requests only the second was answered: the first may have been granted, or may still be.
+            in_doubt |= answered.as_ref().is_ok_and(|(_, sent_twice)| *sent_twice);
+            unanswered.armed = in_doubt;
+            // Either nothing is held, or `resume` or the end of the lease settles it.
+            let (row, _) = answered.map_err(|error| error.into_acquire(lock_id))?;
             if let (Some(at), Some(until), Some(token)) = (row.given_at, row.given_until, row.given_token) {
                 unanswered.armed = false;
                 let token = (request.durability() == Durability::Durable).then_some(FencingToken::new(token));
                 let ends = sent.plus(request.max_hold());
-                return Ok(Attempt::Acquired(self.guard(
-                    request,
-                    keys,
-                    lock_id,
-                    sent,
-                    ends,
-                    token,
-                    (at, until),
-                )));
+                let guard = self.guard(request, keys, lock_id, sent, ends, token, (at, until));
+                if guard.is_lost() {
+                    // Dropping it gives it back.
+                    let late = Unavailable::new("the lock was granted too late to be trusted");
+                    return Err(AcquireError::Unavailable(late));
+                }
+                return Ok(Attempt::Acquired(guard));
             }
             match row.live {
                 None if !self.table.own => {
-                    unanswered.armed = false;
                     return Err(AcquireError::NotFound {
                         name: request.name().clone(),
                     });
                 }
                 Some(true) => {
-                    unanswered.armed = false;
                     let ends_in = row
                         .ends_in
                         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
@@ -197,7 +192,6 @@ impl RowLease {
                     ));
                 }
                 _ if looked_before => {
-                    unanswered.armed = false;
                     return Ok(Attempt::Contended(
                         Contention::unknown(request.name().clone()),
                         None,
@@ -209,19 +203,19 @@ impl RowLease {
     }
 
     /// Sends the acquire, and once more under the same id when the connection turned out to be dead: the same id
-    /// is granted again if the first was.
+    /// is granted again if the first was. Answers also whether it was sent twice.
     async fn send_acquire(
         &self,
         request: &LockRequest,
         keys: &[String],
         lock_id: LockId,
-    ) -> Result<AcquireRow, StorageError> {
+    ) -> Result<(AcquireRow, bool), StorageError> {
         let sql = match request.durability() {
             Durability::Durable => &self.table.acquire,
             Durability::WithWrite => &self.table.acquire_with_write,
         };
         let holder = request.holder();
-        let mut unanswered = None;
+        let mut first = None;
         loop {
             let mut query = diesel::sql_query(sql)
                 .into_boxed::<diesel::pg::Pg>()
@@ -238,16 +232,16 @@ impl RowLease {
                     .bind::<Jsonb, _>(Value::Object(holder.metadata.clone()))
                     .bind::<BigInt, _>(first_row_key(request.name()));
             }
-            let result = self
-                .process
-                .pool
-                .run(async |conn| Ok::<AcquireRow, StorageError>(Prepared(query).get_result(conn).await?))
-                .await;
-            match (result, unanswered.take()) {
-                (Err(error), None) if error.is_outcome_unknown() => unanswered = Some(error),
+            let ask = async |conn: &mut AsyncPgConnection| match Prepared(query).get_result(conn).await {
+                Ok(row) => Ok::<AcquireRow, StorageError>(row),
+                Err(error) => Err(StorageError::of_connection(conn, error).await),
+            };
+            match (self.process.pool.run(ask).await, first.take()) {
+                (Ok(row), first) => return Ok((row, first.is_some())),
+                (Err(error), None) if error.is_outcome_unknown() => first = Some(error),
+                (Err(error), None) => return Err(error),
                 // The second was not even sent, or was refused: what became of the first is still not known.
                 (Err(_), Some(first)) => return Err(first),
-                (result, _) => return result,
             }
         }
     }

@@ -63,7 +63,7 @@ pub enum TransactionError<E> {
         #[source]
         source: Unavailable,
     },
-    /// The database could not be reached; nothing was committed.
+    /// The database could not be reached, or went away before the COMMIT had its effect; nothing was committed.
     #[error("the database is not available")]
     Unavailable(#[source] Unavailable),
 }
@@ -400,42 +400,42 @@ async fn finish<E>(pool: &Pool, mut checkout: Checkout, ending: Ending) -> Resul
     } else {
         "SELECT 1; COMMIT"
     };
-    match checkout
-        .conn()
-        .batch_execute(commit)
-        .await
-        .map_err(StorageError::from)
-    {
+    let error = match checkout.conn().batch_execute(commit).await {
         Ok(()) => {
             leave_transaction(checkout.conn());
             checkout.settle();
-            Ok(())
+            return Ok(());
         }
-        Err(error @ StorageError::Refused(_)) => {
-            rollback(checkout).await;
-            Err(TransactionError::CommitRolledBack(error.into()))
-        }
-        Err(error) => {
-            let incarnation = checkout.incarnation();
+        Err(error) => StorageError::from(error),
+    };
+    let incarnation = checkout.incarnation();
+    let refused = match &error {
+        // After a refusal the session goes on. A pooler that has lost the server only makes it look like one.
+        StorageError::Refused(_) => rollback(checkout).await,
+        _ => {
             drop(checkout);
-            let fate = match &ending.transaction {
-                Some(transaction) => {
-                    let fate = tokio::time::timeout(RESOLVE, fate(pool, transaction, incarnation));
-                    fate.await.unwrap_or(None)
-                }
-                None => None,
-            };
-            match fate {
-                Some(Fate::Committed) => Ok(()),
-                Some(Fate::RolledBack) => Err(TransactionError::CommitRolledBack(error.into())),
-                None => {
-                    metrics::counter!("leasehold_outcome_unknown_total").increment(1);
-                    Err(TransactionError::OutcomeUnknown {
-                        lock_id: ending.lock_id,
-                        source: error.into(),
-                    })
-                }
-            }
+            false
+        }
+    };
+    let fate = match &ending.transaction {
+        _ if refused => Some(Fate::RolledBack),
+        Some(transaction) => {
+            let fate = tokio::time::timeout(RESOLVE, fate(pool, transaction, incarnation));
+            fate.await.unwrap_or(None)
+        }
+        None => None,
+    };
+    match fate {
+        Some(Fate::Committed) => Ok(()),
+        Some(Fate::RolledBack) if refused => Err(TransactionError::CommitRolledBack(error.into())),
+        // The connection failed, not the work: as if it had failed before the COMMIT.
+        Some(Fate::RolledBack) => Err(TransactionError::Unavailable(error.into())),
+        None => {
+            metrics::counter!("leasehold_outcome_unknown_total").increment(1);
+            Err(TransactionError::OutcomeUnknown {
+                lock_id: ending.lock_id,
+                source: error.into(),
+            })
         }
     }
 }

@@ -27,13 +27,10 @@ impl Watch {
 
     /// Watches on the keeper's thread, until the process is gone.
     pub(crate) fn start(process: &Arc<Process>) {
-        let (wake, process, keeper) = (
-            Arc::clone(&process.watch.wake),
-            Arc::downgrade(process),
-            process.keeper.clone(),
-        );
+        let (wake, keeper) = (Arc::clone(&process.watch.wake), &process.keeper);
+        let process = Arc::downgrade(process);
         keeper.spawn(async move {
-            while let Some(watching) = look(&process).await {
+            while let Some(watching) = look(&process) {
                 if watching {
                     tokio::time::sleep(LOOK).await;
                 } else {
@@ -45,7 +42,7 @@ impl Watch {
 }
 
 /// Looks at every hold once. Answers whether there are any, and `None` when the process is gone.
-async fn look(process: &Weak<Process>) -> Option<bool> {
+fn look(process: &Weak<Process>) -> Option<bool> {
     let process = process.upgrade()?;
     let now = Boottime.now();
     let mut watching = false;
@@ -60,8 +57,12 @@ async fn look(process: &Weak<Process>) -> Option<bool> {
         let parts = hold.control.parts();
         process.holds.lose(parts.lock_id);
         if let Some((checkout, _)) = open.take() {
-            rollback(checkout).await;
-            process.freed(&parts.name);
+            let (process, name) = (Arc::clone(&process), parts.name.clone());
+            // Beside the others, which may be told while a server that is silent is waited for.
+            process.keeper.clone().finish(async move {
+                rollback(checkout).await;
+                process.freed(&name);
+            });
         }
     }
     Some(watching)

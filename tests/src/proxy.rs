@@ -37,6 +37,8 @@ pub enum Fault {
     LoseAnswer,
     /// As `LoseAnswer`, and from then on nobody gets a connection, until [`Proxy::come_back`].
     LoseAnswerAndGoAway,
+    /// As `LoseAnswer`, but first the client is told of a fatal error: as by a pooler that has lost the server.
+    LoseAnswerWithWord,
     /// It is passed on, and the connection is cut at once, whatever the server makes of it.
     CutBehind,
     /// The answer waits for [`Hit::let_go`].
@@ -421,15 +423,18 @@ async fn answer(
                 answered.send_replace(true);
             }
             match fault {
-                Fault::LoseAnswer | Fault::LoseAnswerAndGoAway if last => {
+                Fault::LoseAnswer | Fault::LoseAnswerAndGoAway | Fault::LoseAnswerWithWord if last => {
                     if fault == Fault::LoseAnswerAndGoAway {
                         shared.state().away = true;
                         shared.cuts.send_modify(|cuts| *cuts += 1);
                     }
+                    if fault == Fault::LoseAnswerWithWord {
+                        client.write_all(&server_lost()).await?;
+                    }
                     happened.send_replace(true);
                     return Ok(());
                 }
-                Fault::LoseAnswer | Fault::LoseAnswerAndGoAway => continue,
+                Fault::LoseAnswer | Fault::LoseAnswerAndGoAway | Fault::LoseAnswerWithWord => continue,
                 Fault::HoldAnswer => {
                     happened.send_replace(true);
                     // Whoever dropped the gate no longer holds it.
@@ -446,6 +451,13 @@ async fn answer(
         client.write_all(message.bytes()).await?;
     }
     Ok(())
+}
+
+/// What pgbouncer says when a server has gone away.
+fn server_lost() -> Vec<u8> {
+    let fields = b"SFATAL\0VFATAL\0C08P01\0Mserver conn crashed?\0\0";
+    let length = u32::try_from(fields.len() + 4).unwrap().to_be_bytes();
+    [b"E".as_slice(), &length, fields].concat()
 }
 
 fn pending_rounds(pending: &Pending) -> MutexGuard<'_, VecDeque<Option<Armed>>> {

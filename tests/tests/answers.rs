@@ -35,7 +35,7 @@ async fn a_commit_whose_answer_is_lost_is_told_as_committed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_commit_that_never_arrived_is_told_as_rolled_back() {
+async fn a_commit_that_never_arrived_is_told_as_not_done() {
     let bench = Bench::start(2).await;
     for (value, mode) in (1..).zip(MODES) {
         let lock = bench.lock(mode);
@@ -44,7 +44,7 @@ async fn a_commit_that_never_arrived_is_told_as_rolled_back() {
         let result = in_time("the write", write_under(&bench.process, &guard, value)).await;
         lost.happened().await;
         assert!(
-            matches!(result, Err(TransactionError::CommitRolledBack(_))),
+            matches!(result, Err(TransactionError::Unavailable(_))),
             "{mode:?} {result:?}"
         );
         lock.release(guard).await.unwrap();
@@ -73,7 +73,7 @@ async fn a_commit_that_takes_long_is_told_as_it_ends() {
         let written = bench.written().await.contains(&value);
         match result {
             Ok(()) => assert!(written, "{mode:?}"),
-            Err(TransactionError::CommitRolledBack(_)) => assert!(!written, "{mode:?}"),
+            Err(TransactionError::Unavailable(_)) => assert!(!written, "{mode:?}"),
             other => panic!("{mode:?} {other:?}"),
         }
         lock.release(guard).await.unwrap();

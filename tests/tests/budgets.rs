@@ -16,7 +16,7 @@ use crate::bench::{
     Bench, Failure, MODES, Mode, create_table, for_a_write, insert, named, write_guarded, write_under,
     write_unguarded,
 };
-use crate::world::{make_workspace, put_key};
+use crate::world::{World, make_workspace, put_key};
 
 /// Connections are open and statements prepared.
 async fn warm_up(process: &Database) {
@@ -257,27 +257,6 @@ async fn heavy_two_thousand_session_locks_need_at_most_four_connections() {
     .await;
 }
 
-/// A service whose database is behind a proxy, warm, and with a key.
-async fn warm_service(mode: &str) -> (Service, Api, Proxy) {
-    let database = TestDatabase::create_empty().await;
-    let proxy = Proxy::start(&database);
-    let service = Service::on_url(&proxy.url(&database)).set("WORKSPACE_LOCK_MODE", mode);
-    let service = service.set("DATABASE_POOL_SIZE", "2").start().await;
-    let making = database.clone();
-    let key = tokio::task::spawn_blocking(move || make_key(&making, "tester", "writer", None))
-        .await
-        .unwrap();
-    let admin = tokio::task::spawn_blocking(move || make_key(&database, "admin", "admin", None))
-        .await
-        .unwrap();
-    make_workspace(&service.api(&admin)).await;
-    let api = service.api(&key);
-    for value in 0..20 {
-        api.send(put_key("key", value)).await.expect(200);
-    }
-    (service, api, proxy)
-}
-
 /// What one PUT costs. A ping of a lock session may fall among some, so it is the least of several.
 async fn put_over_http(api: &Api, proxy: &Proxy) -> Traffic {
     let mut least: Option<Traffic> = None;
@@ -322,15 +301,15 @@ fn assert_guarded_put(traffic: &Traffic, guard: &[&str]) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_put_over_http_in_lease_mode_costs_two_round_trips_more() {
-    let (_service, api, proxy) = warm_service("lease").await;
-    let traffic = put_over_http(&api, &proxy).await;
+    let (world, proxy) = World::behind_a_proxy("lease").await;
+    let traffic = put_over_http(&world.api, &proxy).await;
     assert_guarded_put(&traffic, &["seen AS MATERIALIZED", "mine AS MATERIALIZED"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_put_over_http_in_advisory_mode_costs_one_round_trip_more() {
-    let (_service, api, proxy) = warm_service("advisory").await;
-    let traffic = put_over_http(&api, &proxy).await;
+    let (world, proxy) = World::behind_a_proxy("advisory").await;
+    let traffic = put_over_http(&world.api, &proxy).await;
     assert_guarded_put(&traffic, &["pg_try_advisory_xact_lock"]);
 }
 

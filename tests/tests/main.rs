@@ -7,6 +7,8 @@ mod bench;
 mod budgets;
 mod crashes;
 mod disturbances;
+mod doubt;
+mod faults;
 mod first_minute;
 mod heartbeat;
 mod history;

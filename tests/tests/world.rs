@@ -6,6 +6,7 @@ use std::time::Duration;
 use leasehold_system_tests::database::TestDatabase;
 use leasehold_system_tests::http::{Answer, Api, get, post, put};
 use leasehold_system_tests::patience::{eventually, in_time};
+use leasehold_system_tests::proxy::Proxy;
 use leasehold_system_tests::service::{Service, ServiceBuilder, make_key};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -57,7 +58,24 @@ impl World {
     ) -> Self {
         let database = TestDatabase::create_empty().await;
         let service = Service::on(&database).set("WORKSPACE_LOCK_MODE", mode);
-        let service = settings(service).start().await;
+        Self::of(settings(service), database, mode).await
+    }
+
+    /// A service whose database is behind a proxy, with two connections on which everything that a PUT needs is
+    /// prepared.
+    pub(crate) async fn behind_a_proxy(mode: &'static str) -> (Self, Proxy) {
+        let database = TestDatabase::create_empty().await;
+        let proxy = Proxy::start(&database);
+        let service = Service::on_url(&proxy.url(&database)).set("WORKSPACE_LOCK_MODE", mode);
+        let world = Self::of(service.set("DATABASE_POOL_SIZE", "2"), database, mode).await;
+        for value in 0..20 {
+            world.api.send(put_key("key", value)).await.expect(200);
+        }
+        (world, proxy)
+    }
+
+    async fn of(service: ServiceBuilder, database: TestDatabase, mode: &'static str) -> Self {
+        let service = service.start().await;
         let key = {
             let database = database.clone();
             let make = move || make_key(&database, "tester", "admin", None);

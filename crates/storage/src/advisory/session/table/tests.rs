@@ -83,9 +83,15 @@ impl Bench {
         let mut sent = String::new();
         while let Ok(command) = self.sent.try_recv() {
             sent.push(match command {
-                Command::Lock { mode, .. } if mode == LockMode::Exclusive => 'X',
+                Command::Lock {
+                    mode: LockMode::Exclusive,
+                    ..
+                } => 'X',
                 Command::Lock { .. } => 'S',
-                Command::Unlock { mode, .. } if mode == LockMode::Exclusive => 'x',
+                Command::Unlock {
+                    mode: LockMode::Exclusive,
+                    ..
+                } => 'x',
                 Command::Unlock { .. } => 's',
                 Command::Ping { .. } => 'p',
             });

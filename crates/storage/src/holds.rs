@@ -15,11 +15,24 @@ pub(crate) struct Holds {
     table: Arc<Mutex<Table>>,
 }
 
+/// Each kind by itself: who looks after the few transactions often must not pass by a hundred thousand leases.
 #[derive(Debug, Default)]
 struct Table {
-    holds: HashMap<LockId, Hold>,
-    /// Transaction-scoped holds by name: they are exclusive, so there is one.
-    transactions: HashMap<LockName, LockId>,
+    leases: HashMap<LockId, Hold>,
+    transactions: HashMap<LockId, Hold>,
+    sessions: HashMap<LockId, Hold>,
+    /// The latest transaction-scoped hold of each name.
+    by_name: HashMap<LockName, LockId>,
+}
+
+impl Table {
+    fn of(&mut self, scope: &Scope) -> &mut HashMap<LockId, Hold> {
+        match scope {
+            Scope::Lease(_) => &mut self.leases,
+            Scope::Transaction(_) => &mut self.transactions,
+            Scope::Session { .. } => &mut self.sessions,
+        }
+    }
 }
 
 /// One hold.
@@ -50,20 +63,22 @@ impl Holds {
         let (lock_id, name) = (control.parts().lock_id, control.parts().name.clone());
         let mut table = self.table();
         if let Scope::Transaction(_) = scope {
-            table.transactions.insert(name, lock_id);
+            table.by_name.insert(name, lock_id);
         }
-        table.holds.insert(lock_id, Hold { control, scope });
+        table.of(&scope).insert(lock_id, Hold { control, scope });
     }
 
     pub(crate) fn get(&self, lock_id: LockId) -> Option<Hold> {
-        self.table().holds.get(&lock_id).cloned()
+        let table = self.table();
+        let kinds = [&table.leases, &table.transactions, &table.sessions];
+        kinds.into_iter().find_map(|holds| holds.get(&lock_id)).cloned()
     }
 
     /// The transaction-scoped hold of a name in this process, unless its transaction has ended and only its
     /// guard still lives.
     pub(crate) fn transaction(&self, name: &LockName) -> Option<Hold> {
         let table = self.table();
-        let hold = table.holds.get(table.transactions.get(name)?)?;
+        let hold = table.transactions.get(table.by_name.get(name)?)?;
         match &hold.scope {
             Scope::Transaction(open) if !open.has_ended() => Some(hold.clone()),
             _ => None,
@@ -73,11 +88,12 @@ impl Holds {
     /// Forgets a hold. Answers it to the one who ends it, and `None` to everybody after.
     pub(crate) fn remove(&self, lock_id: LockId) -> Option<Hold> {
         let hold = {
-            let mut table = self.table();
-            let hold = table.holds.remove(&lock_id)?;
+            let table = &mut *self.table();
+            let kinds = [&mut table.leases, &mut table.transactions, &mut table.sessions];
+            let hold = kinds.into_iter().find_map(|holds| holds.remove(&lock_id))?;
             let name = &hold.control.parts().name;
-            if table.transactions.get(name) == Some(&lock_id) {
-                table.transactions.remove(name);
+            if table.by_name.get(name) == Some(&lock_id) {
+                table.by_name.remove(name);
             }
             hold
         };
@@ -97,13 +113,32 @@ impl Holds {
         }
     }
 
-    pub(crate) fn all(&self) -> Vec<Hold> {
-        self.table().holds.values().cloned().collect()
+    pub(crate) fn leases(&self) -> Vec<Hold> {
+        self.table().leases.values().cloned().collect()
+    }
+
+    pub(crate) fn transactions(&self) -> Vec<Hold> {
+        self.table().transactions.values().cloned().collect()
+    }
+
+    pub(crate) fn sessions(&self) -> Vec<Hold> {
+        self.table().sessions.values().cloned().collect()
+    }
+}
+
+impl Hold {
+    /// The session of the server that has the lock, where the server only knows that.
+    pub(crate) fn backend_pid(&self) -> Option<i32> {
+        match &self.scope {
+            Scope::Lease(_) => None,
+            Scope::Transaction(open) => Some(open.backend_pid),
+            Scope::Session { backend_pid, .. } => Some(*backend_pid),
+        }
     }
 }
 
 impl Scope {
-    fn backend(&self) -> &'static str {
+    pub(crate) fn backend(&self) -> &'static str {
         match self {
             Self::Lease(_) => "lease",
             Self::Transaction(_) => "transaction",

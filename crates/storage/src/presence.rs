@@ -1,45 +1,55 @@
 //! Presence: tells other processes who is behind an advisory lock, where the server itself knows only a number.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use leasehold_domain::LockId;
 use serde_json::Value;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_postgres::Client;
 use uuid::Uuid;
 
 use crate::connect::ConnectOptions;
 use crate::error::chain;
-use crate::holds::{Holds, Scope};
+use crate::holds::{Hold, Holds, Scope};
 use crate::keeper::Keeper;
 
 /// How often new holds are told.
 const TELL: Duration = Duration::from_millis(250);
 /// A hold is told once it is this old: most never are.
 const WORTH_TELLING: Duration = Duration::from_millis(250);
-/// How often all holds are told again; readers ignore what was not told for 10 seconds.
-const TELL_AGAIN: Duration = Duration::from_secs(3);
+/// How often what was told is confirmed; readers ignore what was not for 10 seconds.
+const CONFIRM_AFTER: Duration = Duration::from_secs(3);
 
-/// One statement for all holds, which removes those that ended, and those of processes that ended without a word.
-const PUBLISH: &str = "\
+/// Removes what ended and adds what is new, in one statement.
+const TELL_CHANGES: &str = "\
 WITH told AS (
-    SELECT * FROM unnest($2::uuid[], $3::text[], $4::text[], $5::text[], $6::int[], $7::text[], $8::text[],
-                         $9::text[], $10::jsonb[], $11::timestamptz[])
+    SELECT * FROM unnest($3::uuid[], $4::text[], $5::text[], $6::text[], $7::int[], $8::text[], $9::text[],
+                         $10::text[], $11::jsonb[], $12::timestamptz[])
         AS t(lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata, acquired_at)
 ), ended AS (
-    DELETE FROM leasehold.presence
-    WHERE (process_id = $1 AND lock_id <> ALL ($2)) OR seen_at < clock_timestamp() - interval '1 minute'
+    DELETE FROM leasehold.presence WHERE process_id = $1 AND lock_id = ANY ($2)
 )
 INSERT INTO leasehold.presence
        (process_id, lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata, acquired_at,
         seen_at)
 SELECT $1, lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata, acquired_at,
        clock_timestamp()
-FROM told
-ON CONFLICT (process_id, lock_id) DO UPDATE SET seen_at = excluded.seen_at";
+FROM told";
 
+/// Says that all is as it was told, and removes what processes told that ended without a word.
+const CONFIRM: &str = "\
+WITH silent AS (
+    DELETE FROM leasehold.presence
+    WHERE process_id <> $1 AND seen_at < clock_timestamp() - interval '1 minute'
+)
+UPDATE leasehold.presence SET seen_at = clock_timestamp() WHERE process_id = $1";
+
+/// What was told on a connection that broke is told anew.
+const START_AGAIN: &str = "DELETE FROM leasehold.presence WHERE process_id = $1";
+
+/// Holds by column.
 #[derive(Default)]
 struct Told {
     lock_id: Vec<Uuid>,
@@ -58,90 +68,120 @@ struct Told {
 pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, holds: Holds) {
     let process_id = Uuid::new_v4();
     keeper.spawn(async move {
-        let mut client: Option<Client> = None;
-        let mut last: HashSet<LockId> = HashSet::new();
-        let mut told_at = tokio::time::Instant::now();
+        let mut teller = None::<Teller>;
         let mut tick = tokio::time::interval(TELL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
-            let (ids, told) = worth_telling(&holds);
-            if ids == last && (ids.is_empty() || told_at.elapsed() < TELL_AGAIN) {
-                continue;
-            }
-            if client.as_ref().is_none_or(Client::is_closed) {
-                client = match options.open().await {
-                    Ok((open, driver)) => {
-                        tokio::spawn(driver);
-                        Some(open)
-                    }
+            let holds = worth_telling(&holds);
+            let open = match teller.take() {
+                Some(open) => open,
+                None if holds.is_empty() => continue,
+                None => match Teller::open(&options, process_id).await {
+                    Ok(open) => open,
                     Err(error) => {
                         tracing::debug!(error = chain(&error), "cannot connect to tell holds");
-                        None
+                        continue;
                     }
-                };
-            }
-            let Some(open) = &client else { continue };
-            match publish(open, process_id, &told).await {
-                Ok(()) => {
-                    last = ids;
-                    told_at = tokio::time::Instant::now();
-                }
-                Err(error) => {
-                    tracing::debug!(error = chain(&error), "holds were not told");
-                    client = None;
-                }
+                },
+            };
+            match open.tell(process_id, holds).await {
+                Ok(open) => teller = Some(open),
+                Err(error) => tracing::debug!(error = chain(&error), "holds were not told"),
             }
         }
     });
 }
 
-fn worth_telling(holds: &Holds) -> (HashSet<LockId>, Told) {
-    let mut ids = HashSet::new();
-    let mut told = Told::default();
-    for hold in holds.all() {
-        let (scope, backend_pid) = match &hold.scope {
-            Scope::Lease(_) => continue,
-            Scope::Transaction(open) => ("transaction", open.backend_pid),
-            Scope::Session { backend_pid, .. } => ("session", *backend_pid),
-        };
-        if hold.control.held_for() < WORTH_TELLING {
-            continue;
-        }
-        let parts = hold.control.parts();
-        ids.insert(parts.lock_id);
-        told.lock_id.push(parts.lock_id.as_uuid());
-        told.name.push(parts.name.encoded().to_owned());
-        told.mode.push(parts.mode.to_string());
-        told.scope.push(scope);
-        told.backend_pid.push(backend_pid);
-        told.operation.push(parts.holder.operation.clone());
-        told.locked_by.push(parts.holder.owner.clone());
-        told.instance.push(parts.holder.instance.clone());
-        told.metadata.push(Value::Object(parts.holder.metadata.clone()));
-        told.acquired_at.push(parts.acquired_at);
-    }
-    (ids, told)
+/// A connection, and what was told on it.
+struct Teller {
+    client: Client,
+    told: HashSet<LockId>,
+    confirmed: Instant,
 }
 
-async fn publish(client: &Client, process_id: Uuid, told: &Told) -> Result<(), tokio_postgres::Error> {
-    client
-        .execute(
-            PUBLISH,
-            &[
-                &process_id,
-                &told.lock_id,
-                &told.name,
-                &told.mode,
-                &told.scope,
-                &told.backend_pid,
-                &told.operation,
-                &told.locked_by,
-                &told.instance,
-                &told.metadata,
-                &told.acquired_at,
-            ],
-        )
-        .await
-        .map(|_| ())
+impl Teller {
+    async fn open(options: &ConnectOptions, process_id: Uuid) -> Result<Self, StorageError> {
+        let client = options.open_spawned().await?;
+        client.execute(START_AGAIN, &[&process_id]).await?;
+        Ok(Self {
+            client,
+            told: HashSet::new(),
+            confirmed: Instant::now(),
+        })
+    }
+
+    /// Tells what is not told yet. After an error the connection is not used again.
+    async fn tell(mut self, process_id: Uuid, holds: HashMap<LockId, Hold>) -> Result<Self, StorageError> {
+        let ended: Vec<Uuid> = self
+            .told
+            .iter()
+            .filter(|lock_id| !holds.contains_key(lock_id))
+            .map(|lock_id| lock_id.as_uuid())
+            .collect();
+        let new = Told::of(holds.values().filter(|hold| {
+            let lock_id = hold.control.parts().lock_id;
+            !self.told.contains(&lock_id)
+        }));
+        if !ended.is_empty() || !new.lock_id.is_empty() {
+            self.client
+                .execute(
+                    TELL_CHANGES,
+                    &[
+                        &process_id,
+                        &ended,
+                        &new.lock_id,
+                        &new.name,
+                        &new.mode,
+                        &new.scope,
+                        &new.backend_pid,
+                        &new.operation,
+                        &new.locked_by,
+                        &new.instance,
+                        &new.metadata,
+                        &new.acquired_at,
+                    ],
+                )
+                .await?;
+            self.told = holds.into_keys().collect();
+        }
+        if !self.told.is_empty() && self.confirmed.elapsed() >= CONFIRM_AFTER {
+            self.client.execute(CONFIRM, &[&process_id]).await?;
+            self.confirmed = Instant::now();
+        }
+        Ok(self)
+    }
+}
+
+fn worth_telling(holds: &Holds) -> HashMap<LockId, Hold> {
+    let old_enough = |hold: &Hold| hold.backend_pid().is_some() && hold.control.held_for() >= WORTH_TELLING;
+    holds
+        .all()
+        .into_iter()
+        .filter(old_enough)
+        .map(|hold| (hold.control.parts().lock_id, hold))
+        .collect()
+}
+
+impl Told {
+    fn of<'a>(holds: impl Iterator<Item = &'a Hold>) -> Self {
+        let mut told = Self::default();
+        for hold in holds {
+            let Some(backend_pid) = hold.backend_pid() else {
+                continue;
+            };
+            let parts = hold.control.parts();
+            told.lock_id.push(parts.lock_id.as_uuid());
+            told.name.push(parts.name.encoded().to_owned());
+            told.mode.push(parts.mode.to_string());
+            told.scope.push(hold.scope.backend());
+            told.backend_pid.push(backend_pid);
+            told.operation.push(parts.holder.operation.clone());
+            told.locked_by.push(parts.holder.owner.clone());
+            told.instance.push(parts.holder.instance.clone());
+            told.metadata.push(Value::Object(parts.holder.metadata.clone()));
+            told.acquired_at.push(parts.acquired_at);
+        }
+        told
+    }
 }

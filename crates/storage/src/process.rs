@@ -67,7 +67,7 @@ impl Process {
 
     /// Gives back the leases whose guards still live: no other hold outlives the process.
     pub(crate) fn end_leases(&self) {
-        for hold in self.holds.all() {
+        for hold in self.holds.leases() {
             let Scope::Lease(lease) = hold.scope else { continue };
             let parts = hold.control.parts();
             self.holds.lose(parts.lock_id);

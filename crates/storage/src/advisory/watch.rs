@@ -46,7 +46,7 @@ fn look(process: &Weak<Process>) -> Option<bool> {
     let process = process.upgrade()?;
     let now = Boottime.now();
     let mut watching = false;
-    for hold in process.holds.all() {
+    for hold in process.holds.transactions() {
         let Scope::Transaction(open) = &hold.scope else {
             continue;
         };

@@ -101,7 +101,7 @@ struct Lease {
 
 fn live_leases(holds: &Holds) -> Vec<Lease> {
     let mut leases = Vec::new();
-    for hold in holds.all() {
+    for hold in holds.leases() {
         let Scope::Lease(lease) = hold.scope else { continue };
         if lease.has_ended() {
             continue;

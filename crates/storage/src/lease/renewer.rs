@@ -310,8 +310,8 @@ mod tests {
             lock_id: LockId::new(),
             fencing_token: None,
             holder: Holder::new("o", "op"),
-            acquired_at: Utc::now(),
-            expires_at: Some(Utc::now()),
+            acquired_at: DateTime::UNIX_EPOCH,
+            expires_at: Some(DateTime::UNIX_EPOCH),
             trusted_until: Some(sent.plus(short)),
             clock: Arc::new(Boottime),
         };
@@ -326,7 +326,7 @@ mod tests {
         lease.hold.reschedule(next_renewal(sent, long));
         let answered = sent.plus(Duration::from_secs(1));
         let answer = Answer {
-            until: Some(Utc::now() + TimeDelta::seconds(11)),
+            until: Some(DateTime::UNIX_EPOCH + TimeDelta::seconds(11)),
             live: true,
         };
         settle(&Holds::default(), &lease, answered, short, answer);

@@ -11,8 +11,8 @@ use tokio_postgres::Client;
 use uuid::Uuid;
 
 use crate::connect::ConnectOptions;
-use crate::error::chain;
-use crate::holds::{Hold, Holds, Scope};
+use crate::error::{StorageError, chain};
+use crate::holds::{Hold, Holds};
 use crate::keeper::Keeper;
 
 /// How often new holds are told.
@@ -154,11 +154,10 @@ impl Teller {
 }
 
 fn worth_telling(holds: &Holds) -> HashMap<LockId, Hold> {
-    let old_enough = |hold: &Hold| hold.backend_pid().is_some() && hold.control.held_for() >= WORTH_TELLING;
-    holds
-        .all()
-        .into_iter()
-        .filter(old_enough)
+    let mut all = holds.transactions();
+    all.extend(holds.sessions());
+    all.into_iter()
+        .filter(|hold| hold.control.held_for() >= WORTH_TELLING)
         .map(|hold| (hold.control.parts().lock_id, hold))
         .collect()
 }

@@ -979,3 +979,33 @@ async fn a_release_without_an_answer_is_unavailable() {
         .unwrap();
     give_back(&bench.locks, again).await;
 }
+
+/// What others are told stays fresh, outlives the connection it was told on, and goes with its hold.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn presence_is_confirmed_and_taken_back() {
+    let bench = Bench::start().await;
+    let guard = take(&bench.locks, &request(&name("present"))).await;
+    let told = async || -> Vec<(uuid::Uuid, chrono::DateTime<chrono::Utc>)> {
+        let rows = "SELECT lock_id, seen_at FROM leasehold.presence";
+        let rows = bench.client.query(rows, &[]).await.unwrap();
+        rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+    };
+    let is_told_after = async |time: Option<chrono::DateTime<chrono::Utc>>| {
+        eventually("it is told", async || {
+            matches!(told().await[..], [(id, seen)] if id == guard.lock_id().as_uuid() && Some(seen) > time)
+        })
+        .await;
+    };
+    is_told_after(None).await;
+    let first = told().await[0].1;
+    is_told_after(Some(first)).await;
+
+    let teller = "SELECT pid FROM pg_stat_activity
+        WHERE query LIKE '%leasehold.presence%' AND pid <> pg_backend_pid() AND datname = current_database()";
+    let teller = bench.client.query_one(teller, &[]).await.unwrap().get(0);
+    bench.terminate(teller).await;
+    let before = told().await[0].1;
+    is_told_after(Some(before)).await;
+    give_back(&bench.locks, guard).await;
+    eventually("it is taken back", async || told().await.is_empty()).await;
+}

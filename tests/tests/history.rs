@@ -87,7 +87,7 @@ async fn write_on(api: Api, client: usize, tickets: Arc<AtomicI64>, told: Arc<Mu
                     break;
                 }
                 // Not to wait for anything: the processors have more to do than to refuse.
-                (409, "workspace_locked") => tokio::time::sleep(Duration::from_millis(20)).await,
+                (409, "workspace_locked") => tokio::time::sleep(Duration::from_millis(100)).await,
                 _ => panic!("{answer:?}"),
             }
         }

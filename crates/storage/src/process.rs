@@ -25,7 +25,9 @@ pub(crate) struct Process {
     pub(crate) pool: Pool,
     pub(crate) keeper: Keeper,
     pub(crate) holds: Holds,
+    /// Who waits for a lease, and who for a transaction lock: other locks, which may have the same names.
     pub(crate) queues: Queues,
+    pub(crate) transaction_queues: Queues,
     pub(crate) signals: Signals,
     pub(crate) sessions: Sessions,
     pub(crate) renewer: Renewer,
@@ -55,6 +57,7 @@ impl Process {
             keeper,
             holds,
             queues,
+            transaction_queues: Queues::default(),
             signals,
             sessions,
             renewer,
@@ -85,6 +88,7 @@ impl Process {
     /// Tells everybody who waits that this process has freed a name.
     pub(crate) fn freed(&self, name: &LockName) {
         self.queues.freed(name);
+        self.transaction_queues.freed(name);
         self.signals.freed(signals::key(name));
     }
 }

@@ -32,6 +32,8 @@ const SWEEP_ABOVE: usize = 1024;
 /// How long an announcement may take; the first poll of a waiter comes no sooner.
 const ANNOUNCE: Duration = Duration::from_millis(250);
 const RECONNECT: Duration = Duration::from_millis(250);
+/// How many signals go into one transaction.
+const BATCH: usize = 1000;
 
 /// The signals of one process.
 #[derive(Clone, Debug)]
@@ -265,7 +267,7 @@ async fn listen(
                         names.released.has(key)
                     };
                     if just_released && let Some(client) = replies.upgrade() {
-                        notify(&client, FREE_CHANNEL, key).await;
+                        notify(&client, &signal(FREE_CHANNEL, key)).await;
                     }
                 }
                 FREE_CHANNEL => {
@@ -286,16 +288,19 @@ async fn serve(
     inbox: &mut mpsc::UnboundedReceiver<Message>,
     closed: &mut watch::Receiver<()>,
 ) -> bool {
+    let mut messages = Vec::new();
     loop {
-        let message = tokio::select! {
-            message = inbox.recv() => message,
+        tokio::select! {
+            received = inbox.recv_many(&mut messages, BATCH) => if received == 0 { return false },
             _ = closed.changed() => return true,
-        };
-        match message {
-            None => return false,
-            Some(Message::Free(key)) => notify(client, FREE_CHANNEL, key).await,
-            Some(Message::Wait(key, sent)) => {
-                notify(client, WAIT_CHANNEL, key).await;
+        }
+        let send = messages.iter().map(|message| match message {
+            Message::Wait(key, _) => signal(WAIT_CHANNEL, *key),
+            Message::Free(key) => signal(FREE_CHANNEL, *key),
+        });
+        notify(client, &send.collect::<String>()).await;
+        for message in messages.drain(..) {
+            if let Message::Wait(_, sent) = message {
                 // The waiter may be gone by now.
                 _ = sent.send(());
             }
@@ -303,9 +308,13 @@ async fn serve(
     }
 }
 
+fn signal(channel: &str, key: i64) -> String {
+    format!("NOTIFY {channel}, '{key}';")
+}
+
 /// One transaction that did nothing else. A failure shows as the end of the connection.
-async fn notify(client: &Client, channel: &str, key: i64) {
-    if let Err(error) = client.batch_execute(&format!("NOTIFY {channel}, '{key}'")).await {
+async fn notify(client: &Client, notifications: &str) {
+    if let Err(error) = client.batch_execute(notifications).await {
         tracing::debug!(error = crate::error::chain(&error), "a lock signal was not sent");
     }
 }

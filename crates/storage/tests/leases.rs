@@ -151,3 +151,28 @@ async fn a_guard_that_is_given_to_another_lock_leaks_nothing() {
         }
     }
 }
+
+/// A lease and a transaction lock of one name are two locks: who waits for one does not stand behind the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_kind_of_lock_has_its_own_queue() {
+    let bench = Bench::start().await;
+    let (leases, transactions) = (bench.process.leases(), bench.process.transaction_locks());
+    let request = named("two kinds");
+    let held = leases.try_acquire(&request).await.unwrap();
+    let (first, asked) = (leases.clone(), request.clone());
+    let waiting = tokio::spawn(async move { first.acquire(&asked, Duration::from_secs(60)).await });
+    eventually("the first waits", async || {
+        // It has tried, and told everybody that it waits.
+        let sql = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'NOTIFY leasehold_wait%'";
+        !bench.client.query(sql, &[]).await.unwrap().is_empty()
+    })
+    .await;
+    let free = transactions.acquire(&request, Duration::from_secs(60));
+    let free = tokio::time::timeout(Duration::from_secs(10), free).await;
+    transactions
+        .release(free.expect("nobody has it").unwrap())
+        .await
+        .unwrap();
+    leases.release(held).await.unwrap();
+    leases.release(waiting.await.unwrap().unwrap()).await.unwrap();
+}

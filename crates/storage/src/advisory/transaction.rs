@@ -357,7 +357,7 @@ impl DistributedLock for PgTransactionLock {
             let process = &self.process;
             let attempt = || self.attempt(request).boxed();
             process
-                .queues
+                .transaction_queues
                 .acquire(request.name(), wait, &process.signals, attempt)
                 .await
         };

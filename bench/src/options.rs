@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Parser;
 
-/// Benchmarks on the Postgres that LEASEHOLD_BENCH_DATABASE_URL names; `cargo xtask bench` starts a private one.
+/// Benchmarks on the Postgres that `LEASEHOLD_BENCH_DATABASE_URL` names; `cargo xtask bench` starts a private one.
 #[derive(Clone, Debug, Parser)]
 pub(crate) struct Options {
     /// How long each lane runs in each round, in whole seconds.

@@ -19,7 +19,7 @@ pub(crate) struct Pgbench {
 }
 
 impl Pgbench {
-    /// In the folder that PG_BIN names, else on PATH.
+    /// In the folder that `PG_BIN` names, else on `PATH`.
     pub(crate) async fn find() -> Option<Self> {
         let beside = std::env::var_os("PG_BIN").map(|folder| PathBuf::from(folder).join("pgbench"));
         for program in beside.into_iter().chain([PathBuf::from("pgbench")]) {

@@ -30,10 +30,10 @@ impl Client for Pair {
 }
 
 /// As many clients as are wanted, each with a name of its own.
-fn ours(lock: Arc<dyn DistributedLock>, clients: u32) -> Result<Box<dyn Lane>> {
+fn ours(lock: &Arc<dyn DistributedLock>, clients: u32) -> Result<Box<dyn Lane>> {
     let clients = (0..clients).map(|index| {
         Ok(Pair {
-            lock: Arc::clone(&lock),
+            lock: Arc::clone(lock),
             request: request(&["pair", &index.to_string()])?,
         })
     });
@@ -63,7 +63,10 @@ pub(crate) async fn session(bench: &Bench, database: &BenchDatabase, clients: u3
         return Ok(());
     }
     let db = database.open(1).await?;
-    group.add(ours(Arc::new(db.session_locks()), clients)?);
+    group.add(ours(
+        &(Arc::new(db.session_locks()) as Arc<dyn DistributedLock>),
+        clients,
+    )?);
     let raw = database.clients(clients, async |client, index| {
         AdvisoryPair::new(client, raw::TRY_LOCK, i64::from(index)).await
     });
@@ -86,7 +89,10 @@ pub(crate) async fn lease(bench: &Bench, database: &BenchDatabase, clients: u32)
     let (acquire, release) = (sent.find("WITH seen")?, sent.find("WITH mine")?);
 
     let db = database.open(clients).await?;
-    group.add(ours(Arc::new(db.leases()), clients)?);
+    group.add(ours(
+        &(Arc::new(db.leases()) as Arc<dyn DistributedLock>),
+        clients,
+    )?);
     let raw = database.clients(clients, async |client, index| {
         Ok(RawLease {
             acquire: client.prepare(&acquire).await?,
@@ -167,7 +173,10 @@ pub(crate) async fn transaction(bench: &Bench, database: &BenchDatabase, clients
     let try_lock = sent.find("pg_try_advisory_xact_lock")?;
 
     let db = database.open(clients).await?;
-    group.add(ours(Arc::new(db.transaction_locks()), clients)?);
+    group.add(ours(
+        &(Arc::new(db.transaction_locks()) as Arc<dyn DistributedLock>),
+        clients,
+    )?);
     let raw = database.clients(clients, async |client, index| {
         Ok(RawTransaction {
             try_lock: client.prepare(&try_lock).await?,

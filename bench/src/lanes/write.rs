@@ -104,10 +104,10 @@ fn guarded_lane(
     name: &'static str,
     kind: &str,
     db: &Database,
-    lock: Arc<dyn DistributedLock>,
+    lock: &Arc<dyn DistributedLock>,
     clients: u32,
 ) -> Result<Box<dyn Lane>> {
-    let clients = (0..clients).map(|index| guarded_client(db, &lock, format!("{kind}-{index}")));
+    let clients = (0..clients).map(|index| guarded_client(db, lock, format!("{kind}-{index}")));
     Ok(Clients::lane(name, clients.collect::<Result<_>>()?))
 }
 
@@ -134,10 +134,10 @@ pub(crate) async fn guarded(bench: &Bench, database: &BenchDatabase, clients: u3
         id: format!("plain-{index}"),
     });
     group.add(Clients::lane("plain", plain.collect()));
-    let leases = Arc::new(db.row_leases(documents()?));
-    group.add(guarded_lane("lease", "lease", &db, leases, clients)?);
-    let locks = Arc::new(db.transaction_locks());
-    group.add(guarded_lane("transaction", "advisory", &db, locks, clients)?);
+    let leases: Arc<dyn DistributedLock> = Arc::new(db.row_leases(documents()?));
+    group.add(guarded_lane("lease", "lease", &db, &leases, clients)?);
+    let locks: Arc<dyn DistributedLock> = Arc::new(db.transaction_locks());
+    group.add(guarded_lane("transaction", "advisory", &db, &locks, clients)?);
 
     let raw = database.clients(clients, async |client, index| {
         Ok(RawPlain {

@@ -15,8 +15,9 @@ use crate::startup::{self, Findings, StartupError};
 
 /// A Postgres database and what this process holds in it. Clones share everything.
 ///
-/// It keeps a thread and, besides the pool, a few connections of its own: one that renews leases, one that gives
-/// back what was dropped, and one that listens.
+/// It keeps a thread and, besides the pool, a few connections of its own, most of them opened when they are first
+/// needed: two that have the session locks, and one each to renew leases, to give back what was dropped, to listen,
+/// and to tell others what it holds.
 #[derive(Clone)]
 pub struct Database {
     pub(crate) process: Arc<Process>,

@@ -126,7 +126,7 @@ impl Database {
     {
         let mut checkout = begin(&self.process.pool).await?;
         match work(checkout.conn()).await {
-            Ok(value) => finish(&self.process.pool, checkout, Ending::checked(None, None))
+            Ok(value) => finish(&self.process.pool, checkout, Ending::unchecked(None, None))
                 .await
                 .map(|()| value),
             Err(error) => {
@@ -144,14 +144,14 @@ impl Database {
     /// longer than the `ttl`, up to `max_hold`. It must not lock the lease's own row before its last statement,
     /// or the heartbeat cannot renew it.
     ///
-    /// For a transaction-scoped lock, the statements run in the transaction that has the lock, and its commit
-    /// ends the hold.
+    /// For a transaction-scoped lock, the statements run in the transaction that has the lock, and its end, commit or
+    /// rollback, is the end of the hold.
     ///
     /// # Errors
     /// [`TransactionError`]; [`TransactionError::Lost`] when the hold is over, and then nothing was written.
     ///
     /// # Cancel safety
-    /// Rolled back, unless COMMIT was sent.
+    /// Rolled back, unless COMMIT was sent. A lease goes on; the guard of a transaction-scoped lock is lost.
     pub async fn fenced_transaction<T, E, W>(
         &self,
         guard: &LockGuard,
@@ -167,10 +167,10 @@ impl Database {
     /// afterwards sends nothing.
     ///
     /// # Errors
-    /// As [`Database::fenced_transaction`]. The lock is still held then, unless it was lost.
+    /// As [`Database::fenced_transaction`]. A lease is still held then, unless it was lost or the outcome is unknown.
     ///
     /// # Cancel safety
-    /// Rolled back, unless COMMIT was sent.
+    /// As [`Database::fenced_transaction`].
     pub async fn fenced_transaction_releasing<T, E, W>(
         &self,
         guard: &LockGuard,
@@ -257,7 +257,7 @@ impl Database {
                         Err(lost())
                     }
                     Ok(value) => {
-                        let ending = Ending::checked(Some(lock_id), Some(id));
+                        let ending = Ending::unchecked(Some(lock_id), Some(id));
                         finish(pool, checkout, ending).await.map(|()| value)
                     }
                     Err(error) => {
@@ -381,7 +381,7 @@ struct Ending {
 }
 
 impl Ending {
-    fn checked(lock_id: Option<LockId>, transaction: Option<String>) -> Self {
+    fn unchecked(lock_id: Option<LockId>, transaction: Option<String>) -> Self {
         Self {
             lock_id,
             transaction,

@@ -373,37 +373,42 @@ impl DistributedLock for PgTransactionLock {
     /// Moves nothing, because nothing expires: it asks the server whether the transaction is still open. While
     /// the caller's work uses the transaction that cannot be asked, which is told as [`Unavailable`].
     async fn extend(&self, guard: &LockGuard, ttl: Duration) -> Result<(), ExtendError> {
-        Ttl::new(ttl)?;
-        let lock_id = guard.lock_id();
-        let Some(Hold {
-            scope: Scope::Transaction(open),
-            ..
-        }) = self.process.holds.get(lock_id).filter(|_| !guard.is_lost())
-        else {
-            return Err(ExtendError::Lost);
-        };
-        let Some((mut checkout, id)) = open.take() else {
-            let busy = Unavailable::new("the transaction is in use");
-            return Err(if open.has_ended() {
-                ExtendError::Lost
-            } else {
-                ExtendError::Unavailable(busy)
+        let span = observe::span("extend", "transaction", guard.name());
+        async {
+            Ttl::new(ttl)?;
+            let lock_id = guard.lock_id();
+            let Some(Hold {
+                scope: Scope::Transaction(open),
+                ..
+            }) = self.process.holds.get(lock_id).filter(|_| !guard.is_lost())
+            else {
+                return Err(ExtendError::Lost);
+            };
+            let Some((mut checkout, id)) = open.take() else {
+                let busy = Unavailable::new("the transaction is in use");
+                return Err(if open.has_ended() {
+                    ExtendError::Lost
+                } else {
+                    ExtendError::Unavailable(busy)
+                });
+            };
+            // In a task, so that a caller who goes away does not take the connection, and so the lock, along.
+            let asked = self.process.keeper.spawn(async move {
+                let alive = checkout.conn().batch_execute("SELECT 1").await.is_ok();
+                if alive {
+                    open.park(checkout, id);
+                }
+                alive
             });
-        };
-        // In a task, so that a caller who goes away does not take the connection, and so the lock, along.
-        let asked = self.process.keeper.spawn(async move {
-            let alive = checkout.conn().batch_execute("SELECT 1").await.is_ok();
-            if alive {
-                open.park(checkout, id);
+            if asked.await.unwrap_or(false) {
+                return Ok(());
             }
-            alive
-        });
-        if asked.await.unwrap_or(false) {
-            return Ok(());
+            self.process.holds.lose(lock_id);
+            self.process.freed(guard.name());
+            Err(ExtendError::Lost)
         }
-        self.process.holds.lose(lock_id);
-        self.process.freed(guard.name());
-        Err(ExtendError::Lost)
+        .instrument(span)
+        .await
     }
 
     async fn release(&self, guard: LockGuard) -> Result<Released, ReleaseError> {
@@ -438,9 +443,14 @@ impl DistributedLock for PgTransactionLock {
     }
 
     async fn inspect(&self, name: &LockName) -> Result<Option<HeldLock>, Unavailable> {
-        if let Some(hold) = self.process.holds.transaction(name) {
-            return Ok(Some(held(&hold)));
+        let span = observe::span("inspect", "transaction", name);
+        async {
+            if let Some(hold) = self.process.holds.transaction(name) {
+                return Ok(Some(held(&hold)));
+            }
+            Ok(holder::find(&self.process.pool, AdvisoryKey::of(name), name).await?)
         }
-        Ok(holder::find(&self.process.pool, AdvisoryKey::of(name), name).await?)
+        .instrument(span)
+        .await
     }
 }

@@ -501,63 +501,73 @@ impl DistributedLock for RowLease {
     }
 
     async fn resume(&self, request: &LockRequest, lock_id: LockId) -> Result<LockGuard, ResumeError> {
-        let keys = self.checked_keys(request)?;
-        if self.process.holds.get(lock_id).is_some() {
-            // It has a guard here already.
-            return Err(ResumeError::NotHeld { lock_id });
+        let span = observe::span("resume", "lease", request.name());
+        async {
+            let keys = self.checked_keys(request)?;
+            if self.process.holds.get(lock_id).is_some() {
+                // It has a guard here already.
+                return Err(ResumeError::NotHeld { lock_id });
+            }
+            let sent = Boottime.now();
+            let row = self
+                .send_extend(&self.table, &keys, lock_id, request.ttl(), request.max_hold())
+                .await?;
+            let row = row.ok_or(ResumeError::NotHeld { lock_id })?;
+            let age = Duration::try_from_secs_f64(row.age).unwrap_or_default();
+            let ends = sent.plus(request.max_hold().saturating_sub(age));
+            let token =
+                (request.durability() == Durability::Durable).then_some(FencingToken::new(row.fencing_token));
+            Ok(self.guard(
+                request,
+                &keys,
+                lock_id,
+                sent,
+                ends,
+                token,
+                (row.acquired_at, row.expires_at),
+            ))
         }
-        let sent = Boottime.now();
-        let row = self
-            .send_extend(&self.table, &keys, lock_id, request.ttl(), request.max_hold())
-            .await?;
-        let row = row.ok_or(ResumeError::NotHeld { lock_id })?;
-        let age = Duration::try_from_secs_f64(row.age).unwrap_or_default();
-        let ends = sent.plus(request.max_hold().saturating_sub(age));
-        let token =
-            (request.durability() == Durability::Durable).then_some(FencingToken::new(row.fencing_token));
-        Ok(self.guard(
-            request,
-            &keys,
-            lock_id,
-            sent,
-            ends,
-            token,
-            (row.acquired_at, row.expires_at),
-        ))
+        .instrument(span)
+        .await
     }
 
     async fn extend(&self, guard: &LockGuard, ttl: Duration) -> Result<(), ExtendError> {
-        let ttl = Ttl::new(ttl)?.get();
-        let Some(hold) = self.process.holds.get(guard.lock_id()) else {
-            return Err(ExtendError::Lost);
-        };
-        let Scope::Lease(lease) = hold.scope else {
-            return Err(ExtendError::Lost);
-        };
-        let sent = Boottime.now();
-        if lease.ends <= sent {
-            return Err(ExtendError::MaxHoldReached);
+        let span = observe::span("extend", "lease", guard.name());
+        async {
+            let ttl = Ttl::new(ttl)?.get();
+            let Some(hold) = self.process.holds.get(guard.lock_id()) else {
+                return Err(ExtendError::Lost);
+            };
+            let Scope::Lease(lease) = hold.scope else {
+                return Err(ExtendError::Lost);
+            };
+            let sent = Boottime.now();
+            if lease.ends <= sent {
+                return Err(ExtendError::MaxHoldReached);
+            }
+            if guard.is_lost() || lease.has_ended() {
+                return Err(ExtendError::Lost);
+            }
+            let row = self
+                .send_extend(&lease.table, &lease.keys, guard.lock_id(), ttl, lease.max_hold)
+                .await?;
+            let Some(row) = row else {
+                self.process.holds.lose(guard.lock_id());
+                return Err(ExtendError::Lost);
+            };
+            if !hold
+                .control
+                .renewed(row.expires_at, lease.trusted_until(sent, ttl))
+            {
+                self.process.holds.lose(guard.lock_id());
+                return Err(ExtendError::Lost);
+            }
+            lease.reschedule(next_renewal(sent, ttl));
+            self.process.renewer.expect(lease.schedule().due);
+            Ok(())
         }
-        if guard.is_lost() || lease.has_ended() {
-            return Err(ExtendError::Lost);
-        }
-        let row = self
-            .send_extend(&lease.table, &lease.keys, guard.lock_id(), ttl, lease.max_hold)
-            .await?;
-        let Some(row) = row else {
-            self.process.holds.lose(guard.lock_id());
-            return Err(ExtendError::Lost);
-        };
-        if !hold
-            .control
-            .renewed(row.expires_at, lease.trusted_until(sent, ttl))
-        {
-            self.process.holds.lose(guard.lock_id());
-            return Err(ExtendError::Lost);
-        }
-        lease.reschedule(next_renewal(sent, ttl));
-        self.process.renewer.expect(lease.schedule().due);
-        Ok(())
+        .instrument(span)
+        .await
     }
 
     async fn release(&self, guard: LockGuard) -> Result<Released, ReleaseError> {
@@ -592,18 +602,23 @@ impl DistributedLock for RowLease {
     }
 
     async fn inspect(&self, name: &LockName) -> Result<Option<HeldLock>, Unavailable> {
-        let Ok(keys) = self.table.key_values(name) else {
-            return Ok(None);
-        };
-        let mut query = diesel::sql_query(&self.table.inspect).into_boxed::<diesel::pg::Pg>();
-        for key in &keys {
-            query = query.bind::<Text, _>(key);
+        let span = observe::span("inspect", "lease", name);
+        async {
+            let Ok(keys) = self.table.key_values(name) else {
+                return Ok(None);
+            };
+            let mut query = diesel::sql_query(&self.table.inspect).into_boxed::<diesel::pg::Pg>();
+            for key in &keys {
+                query = query.bind::<Text, _>(key);
+            }
+            let row: Option<HolderRow> = self
+                .process
+                .pool
+                .run(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
+                .await?;
+            Ok(row.map(|row| row.into_held(name)))
         }
-        let row: Option<HolderRow> = self
-            .process
-            .pool
-            .run(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
-            .await?;
-        Ok(row.map(|row| row.into_held(name)))
+        .instrument(span)
+        .await
     }
 }

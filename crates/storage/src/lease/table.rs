@@ -44,7 +44,7 @@ impl LeaseColumns {
 /// Describes a table of the caller whose rows can be leased.
 ///
 /// A lock name is a fixed first part, which tells the table from others, followed by one part for each key
-/// column. Key columns are compared as text and must be unique together.
+/// column. Key columns must be of type TEXT (or VARCHAR) and unique together.
 ///
 /// ```
 /// use leasehold_storage::{LeaseColumns, RowLeaseTable};

@@ -319,8 +319,9 @@ async fn a_stopped_service_ends_what_it_has_begun() {
         )
     });
     eventually("the request waits", async || {
-        let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%workspaces%'";
-        api.client().await.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) > 1
+        // What the service last said on its listening connection: a waiter makes itself known.
+        let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'NOTIFY leasehold_wait%'";
+        api.client().await.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) > 0
     })
     .await;
     serving.signal("INT");

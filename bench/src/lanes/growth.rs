@@ -121,7 +121,7 @@ pub(crate) async fn renewal(bench: &Bench) -> Result {
     let database = bench.server.create("leasehold_bench_renewal").await?;
     println!(
         "\n{title}\n  {:>8} {:>11} {:>14} {:>14}",
-        "leases", "statements", "a statement", "of one beat"
+        "leases", "statements", "a statement", "all of them"
     );
     for (count, ttl) in HELD {
         let db = database.open(CLIENTS).await?;
@@ -129,7 +129,7 @@ pub(crate) async fn renewal(bench: &Bench) -> Result {
         let beats = watch(&guards, ttl).await;
         let times = beats.iter().map(|beat| beat.took.as_secs_f64());
         let (statements, all) = (beats.len(), beats.iter().map(|beat| beat.took).sum::<Duration>());
-        // All leases are renewed in one third of a slice.
+        // Within a third of a slice every lease is renewed once.
         println!(
             "  {count:>8} {statements:>11} {:>14} {:>14}",
             group::readable(group::median(times)),

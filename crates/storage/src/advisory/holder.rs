@@ -79,21 +79,9 @@ impl Row {
         } else {
             LockMode::Exclusive
         };
-        let metadata = match self.metadata {
-            Some(Value::Object(metadata)) => metadata,
-            _ => serde_json::Map::new(),
-        };
         HeldLock {
             lock_id: self.lock_id.map(LockId::from),
-            holder: self
-                .locked_by
-                .zip(self.operation)
-                .map(|(owner, operation)| Holder {
-                    owner,
-                    operation,
-                    instance: self.instance.unwrap_or_default(),
-                    metadata,
-                }),
+            holder: from_columns(self.locked_by, self.operation, self.instance, self.metadata),
             acquired_at: self.acquired_at,
             session: Some(HolderSession {
                 backend_pid: self.backend_pid,
@@ -103,4 +91,23 @@ impl Row {
             ..HeldLock::unknown(name.clone(), mode)
         }
     }
+}
+
+/// A holder as its columns have it; `None` where it is not known who it is.
+pub(crate) fn from_columns(
+    locked_by: Option<String>,
+    operation: Option<String>,
+    instance: Option<String>,
+    metadata: Option<Value>,
+) -> Option<Holder> {
+    let metadata = match metadata {
+        Some(Value::Object(metadata)) => metadata,
+        _ => serde_json::Map::new(),
+    };
+    locked_by.zip(operation).map(|(owner, operation)| Holder {
+        owner,
+        operation,
+        instance: instance.unwrap_or_default(),
+        metadata,
+    })
 }

@@ -11,13 +11,14 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use futures_util::FutureExt;
 use leasehold_domain::{
     AcquireError, Contention, DistributedLock, Durability, ExtendError, FencingToken, GuardParts, HeldLock,
-    Holder, Invalid, LockGuard, LockId, LockMode, LockName, LockRequest, MonotonicClock, ReleaseError,
-    Released, ResumeError, Ttl, Unavailable,
+    Invalid, LockGuard, LockId, LockMode, LockName, LockRequest, MonotonicClock, ReleaseError, Released,
+    ResumeError, Ttl, Unavailable,
 };
 use serde_json::Value;
 use tracing::Instrument;
 use uuid::Uuid;
 
+use crate::advisory::holder;
 use crate::clock::Boottime;
 use crate::error::StorageError;
 use crate::holds::Scope;
@@ -108,21 +109,9 @@ struct ReleaseRow {
 
 impl HolderRow {
     fn into_held(self, name: &LockName) -> HeldLock {
-        let metadata = match self.metadata {
-            Some(Value::Object(metadata)) => metadata,
-            _ => serde_json::Map::new(),
-        };
         HeldLock {
             lock_id: self.lock_id.map(LockId::from),
-            holder: self
-                .locked_by
-                .zip(self.operation)
-                .map(|(owner, operation)| Holder {
-                    owner,
-                    operation,
-                    instance: self.instance.unwrap_or_default(),
-                    metadata,
-                }),
+            holder: holder::from_columns(self.locked_by, self.operation, self.instance, self.metadata),
             acquired_at: self.acquired_at,
             expires_at: self.expires_at,
             fencing_token: self.fencing_token.map(FencingToken::new),

@@ -70,10 +70,7 @@ pub(crate) async fn list(
     let rows = state.read(async |conn| {
         let rows = store::list(conn, id, query.after(), query.rows()).await?;
         if rows.is_empty() {
-            // A workspace that is empty, or none at all.
-            workspaces::store::version(conn, id)
-                .await?
-                .ok_or_else(workspaces::store::no_workspace)?;
+            workspaces::store::must_exist(conn, id).await?;
         }
         Ok(rows)
     });

@@ -9,6 +9,7 @@ use leasehold_http::{LockView, Problem, Timestamp};
 use leasehold_storage::Prepared;
 use uuid::Uuid;
 
+use crate::failure::Failure;
 use crate::workspaces::model::{NewWorkspace, Workspace, WorkspaceId, WorkspacePatch};
 
 /// 404, as whoever looks for a workspace is told it.
@@ -162,6 +163,12 @@ pub(crate) async fn version(conn: &mut AsyncPgConnection, id: WorkspaceId<'_>) -
         .bind::<Text, _>(id.name);
     let row: Option<VersionRow> = Prepared(get).get_result(conn).await.optional()?;
     Ok(row.map(|row| row.version))
+}
+
+/// Tells a workspace in which a list is empty from none at all, which is 404.
+pub(crate) async fn must_exist(conn: &mut AsyncPgConnection, id: WorkspaceId<'_>) -> Result<(), Failure> {
+    version(conn, id).await?.ok_or_else(no_workspace)?;
+    Ok(())
 }
 
 // The lock is the caller's own: it is about to be released.

@@ -20,6 +20,9 @@ pub(crate) enum StorageError {
     /// A connection was not ready in time.
     #[error("the database let nobody in within {0:?}")]
     ConnectTimedOut(Duration),
+    /// A connection of our own gave no answer in time, and is not used again.
+    #[error("the database gave no answer within {0:?}")]
+    NoAnswer(Duration),
     /// The server refused the statement: it had no effect.
     #[error("the database refused a statement")]
     Refused(#[source] diesel::result::Error),
@@ -62,7 +65,7 @@ impl StorageError {
     /// Whether the statement may have had its effect although no answer came.
     pub(crate) fn is_outcome_unknown(&self) -> bool {
         match self {
-            Self::Disconnected(_) => true,
+            Self::Disconnected(_) | Self::NoAnswer(_) => true,
             Self::Driver(error) => error.as_db_error().is_none(),
             Self::NoConnection | Self::Connect(_) | Self::ConnectTimedOut(_) | Self::Refused(_) => false,
         }

@@ -19,6 +19,8 @@ use crate::keeper::Keeper;
 const TELL: Duration = Duration::from_millis(250);
 /// A hold is told once it is this old: most never are.
 const WORTH_TELLING: Duration = Duration::from_millis(250);
+/// A server that says nothing for so long is asked again on another connection.
+const ANSWER: Duration = Duration::from_secs(5);
 /// How often what was told is confirmed; readers ignore what was not for 10 seconds.
 const CONFIRM_AFTER: Duration = Duration::from_secs(3);
 
@@ -69,26 +71,34 @@ pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, holds: Holds) {
     let process_id = Uuid::new_v4();
     keeper.spawn(async move {
         let mut teller = None::<Teller>;
+        // What was told on a connection that broke stands there until it is taken back on another.
+        let mut stale = false;
         let mut tick = tokio::time::interval(TELL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
             let holds = worth_telling(&holds);
-            let open = match teller.take() {
-                Some(open) => open,
-                None if holds.is_empty() => continue,
-                None => match Teller::open(&options, process_id).await {
-                    Ok(open) => open,
-                    Err(error) => {
-                        tracing::debug!(error = chain(&error), "cannot connect to tell holds");
-                        continue;
-                    }
-                },
-            };
-            match open.tell(process_id, holds).await {
-                Ok(open) => teller = Some(open),
-                Err(error) => tracing::debug!(error = chain(&error), "holds were not told"),
+            if teller.is_none() && holds.is_empty() && !stale {
+                continue;
             }
+            let telling = async {
+                let open = match teller.take() {
+                    Some(open) => open,
+                    None => Teller::open(&options, process_id).await?,
+                };
+                open.tell(process_id, holds).await
+            };
+            let told = tokio::time::timeout(ANSWER, telling).await;
+            stale = match told.unwrap_or(Err(StorageError::NoAnswer(ANSWER))) {
+                Ok(open) => {
+                    teller = Some(open);
+                    false
+                }
+                Err(error) => {
+                    tracing::debug!(error = chain(&error), "holds were not told");
+                    true
+                }
+            };
         }
     });
 }

@@ -214,6 +214,13 @@ impl Bench {
         let ended = self.client.query_one(ended, &[&backend_pid]).await.unwrap();
         assert!(ended.get::<_, bool>(0), "there is such a session");
     }
+
+    /// The session that tells others what this process holds.
+    async fn teller(&self) -> i32 {
+        let teller = "SELECT pid FROM pg_stat_activity
+            WHERE query LIKE '%leasehold.presence%' AND pid <> pg_backend_pid() AND datname = current_database()";
+        self.client.query_one(teller, &[]).await.unwrap().get(0)
+    }
 }
 
 async fn take(locks: &PgSessionLock, request: &LockRequest) -> LockGuard {
@@ -1020,12 +1027,17 @@ async fn presence_is_confirmed_and_taken_back() {
     let first = told().await[0].1;
     is_told_after(Some(first)).await;
 
-    let teller = "SELECT pid FROM pg_stat_activity
-        WHERE query LIKE '%leasehold.presence%' AND pid <> pg_backend_pid() AND datname = current_database()";
-    let teller = bench.client.query_one(teller, &[]).await.unwrap().get(0);
-    bench.terminate(teller).await;
+    bench.terminate(bench.teller().await).await;
     let before = told().await[0].1;
     is_told_after(Some(before)).await;
+    // Its connection breaks again, and before that is noticed there is nothing left to tell.
+    let teller = bench.teller().await;
+    bench.terminate(teller).await;
+    let gone = "SELECT FROM pg_stat_activity WHERE pid = $1";
+    eventually("its connection has ended", async || {
+        bench.client.query(gone, &[&teller]).await.unwrap().is_empty()
+    })
+    .await;
     give_back(&bench.locks, guard).await;
     eventually("it is taken back", async || told().await.is_empty()).await;
 }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::{HeldLock, LockId, LockName};
+use crate::{HeldLock, LockId, LockName, TenantConflict};
 
 /// What kind of failure an error is, for those who map errors to statuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -140,6 +140,9 @@ pub enum AcquireError {
         /// Who had it at the last look.
         contention: Contention,
     },
+    /// The lock stands behind the gate of a tenant, which is closed. Not held, and nothing is left behind.
+    #[error(transparent)]
+    TenantConflict(#[from] TenantConflict),
     /// What the name stands for does not exist: the row of a lease that lives in a table of the caller.
     #[error("there is no {name}")]
     NotFound {
@@ -168,7 +171,7 @@ impl AcquireError {
     /// The kind of failure.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::Contended(_) | Self::TimedOut { .. } => ErrorClass::Conflict,
+            Self::Contended(_) | Self::TimedOut { .. } | Self::TenantConflict(_) => ErrorClass::Conflict,
             Self::NotFound { .. } => ErrorClass::NotFound,
             Self::Invalid(_) => ErrorClass::Invalid,
             Self::Unavailable(_) => ErrorClass::Unavailable,
@@ -181,6 +184,7 @@ impl AcquireError {
         match self {
             Self::Contended(_)
             | Self::TimedOut { .. }
+            | Self::TenantConflict(_)
             | Self::Unavailable(_)
             | Self::OutcomeUnknown { .. } => true,
             Self::NotFound { .. } | Self::Invalid(_) => false,
@@ -191,9 +195,11 @@ impl AcquireError {
     pub fn contention(&self) -> Option<&Contention> {
         match self {
             Self::Contended(contention) | Self::TimedOut { contention, .. } => Some(contention),
-            Self::NotFound { .. } | Self::Invalid(_) | Self::Unavailable(_) | Self::OutcomeUnknown { .. } => {
-                None
-            }
+            Self::TenantConflict(_)
+            | Self::NotFound { .. }
+            | Self::Invalid(_)
+            | Self::Unavailable(_)
+            | Self::OutcomeUnknown { .. } => None,
         }
     }
 }

@@ -11,6 +11,7 @@ mod mock;
 mod monotonic;
 mod name;
 mod request;
+mod tenant;
 
 pub use error::{
     AcquireError, Contention, ErrorClass, ExtendError, Invalid, ReleaseError, ResumeError, Unavailable,
@@ -29,3 +30,4 @@ pub use mock::MockDistributedLock;
 pub use monotonic::{Monotonic, MonotonicClock};
 pub use name::LockName;
 pub use request::{Durability, LockMode, LockRequest, MAX_TTL, MIN_TTL, Ttl};
+pub use tenant::{TenantConflict, TenantConflictReason};

@@ -3,10 +3,11 @@
 use std::convert::Infallible;
 
 use leasehold_domain::{
-    AcquireError, Contention, ExtendError, Invalid, ReleaseError, ResumeError, Unavailable, WithLockError,
+    AcquireError, Contention, ExtendError, Invalid, ReleaseError, ResumeError, TenantConflict,
+    TenantConflictReason, Unavailable, WithLockError,
 };
 
-use crate::{Code, FieldError, LockView, Problem};
+use crate::{Code, FieldError, LockView, Problem, Reason};
 
 impl Problem {
     /// 409: somebody else has the lock. `code` says which kind of lock it is: [`Code::WorkspaceLocked`],
@@ -42,12 +43,28 @@ impl From<Unavailable> for Problem {
     }
 }
 
+impl From<TenantConflictReason> for Reason {
+    fn from(reason: TenantConflictReason) -> Self {
+        match reason {
+            TenantConflictReason::PurgeInProgress => Self::PurgeInProgress,
+            TenantConflictReason::WritesInProgress => Self::WritesInProgress,
+        }
+    }
+}
+
+impl From<TenantConflict> for Problem {
+    fn from(conflict: TenantConflict) -> Self {
+        Self::new(Code::TenantWriteConflict, conflict.to_string()).with_reason(conflict.reason.into())
+    }
+}
+
 impl From<AcquireError> for Problem {
     fn from(error: AcquireError) -> Self {
         match error {
             AcquireError::Contended(contention) | AcquireError::TimedOut { contention, .. } => {
                 Self::contended(Code::LockHeld, &contention)
             }
+            AcquireError::TenantConflict(conflict) => conflict.into(),
             AcquireError::NotFound { .. } => Self::not_found("there is no such thing to lock"),
             AcquireError::Invalid(invalid) => invalid.into(),
             AcquireError::Unavailable(source) => source.into(),

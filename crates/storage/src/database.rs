@@ -12,6 +12,7 @@ use crate::lease::table::LeaseTable;
 use crate::pool::Pool;
 use crate::process::Process;
 use crate::startup::{self, Findings, StartupError};
+use crate::tenant::TenantGate;
 
 /// A Postgres database and what this process holds in it. Clones share everything.
 ///
@@ -73,6 +74,11 @@ impl Database {
     /// statements in.
     pub fn transaction_locks(&self) -> PgTransactionLock {
         PgTransactionLock::new(Arc::clone(&self.process))
+    }
+
+    /// The gates of tenants, which many writers share and one drain has alone.
+    pub fn tenant_gate(&self) -> TenantGate {
+        TenantGate::new(Arc::clone(&self.process))
     }
 
     /// Gives back all leases, and ends the background thread once that and everything that guards were dropped with

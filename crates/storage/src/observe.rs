@@ -17,7 +17,7 @@ where
     let result = attempt.await;
     let outcome = match &result {
         Ok(_) => "acquired",
-        Err(AcquireError::Contended(_)) => "contended",
+        Err(AcquireError::Contended(_) | AcquireError::TenantConflict(_)) => "contended",
         Err(AcquireError::TimedOut { .. }) => "timed_out",
         Err(AcquireError::Unavailable(_)) => "unavailable",
         Err(AcquireError::OutcomeUnknown { .. }) => "unknown",

@@ -78,7 +78,12 @@ impl Pool {
             bb8::RunError::TimedOut => StorageError::NoConnection,
         })?;
         conn.tainted = true;
-        Ok(Checkout(conn))
+        Ok(Checkout(Loan::Pooled(conn)))
+    }
+
+    /// A connection that is none of the pool's, for what must wait: it is closed when it is dropped.
+    pub(crate) async fn own(&self) -> Result<Checkout, StorageError> {
+        Ok(Checkout(Loan::Own(self.inner.dedicated_connection().await?)))
     }
 
     /// How many connections there are now.
@@ -98,29 +103,41 @@ impl fmt::Debug for Pool {
 }
 
 /// A connection on loan.
-pub(crate) struct Checkout(bb8::PooledConnection<'static, Manager>);
+pub(crate) struct Checkout(Loan);
+
+enum Loan {
+    Pooled(bb8::PooledConnection<'static, Manager>),
+    Own(Pooled),
+}
 
 impl Checkout {
+    fn pooled(&mut self) -> &mut Pooled {
+        match &mut self.0 {
+            Loan::Pooled(conn) => conn,
+            Loan::Own(conn) => conn,
+        }
+    }
+
     pub(crate) fn conn(&mut self) -> &mut AsyncPgConnection {
-        &mut self.0.conn
+        &mut self.pooled().conn
     }
 
     /// Whether the connection is known to have ended. Asks the driver, not the server.
     pub(crate) fn is_broken(&mut self) -> bool {
         // The driver hands on its end like a notification; diesel-async's own answer is "broken" for every
         // connection with an open transaction.
-        let mut ends = std::pin::pin!(self.0.conn.notifications_stream());
+        let mut ends = std::pin::pin!(self.conn().notifications_stream());
         matches!(ends.next().now_or_never(), Some(None | Some(Err(_))))
     }
 
     /// The life of the server that the connection was made in.
-    pub(crate) fn incarnation(&self) -> Option<Incarnation> {
-        self.0.incarnation
+    pub(crate) fn incarnation(&mut self) -> Option<Incarnation> {
+        self.pooled().incarnation
     }
 
     /// Says that no statement is under way, so that the connection may serve others.
     pub(crate) fn settle(mut self) {
-        self.0.tainted = false;
+        self.pooled().tainted = false;
     }
 }
 

@@ -124,16 +124,8 @@ impl Database {
     where
         W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
     {
-        let mut checkout = begin(&self.process.pool).await?;
-        match work(checkout.conn()).await {
-            Ok(value) => finish(&self.process.pool, checkout, Ending::unchecked(None, None))
-                .await
-                .map(|()| value),
-            Err(error) => {
-                rollback(checkout).await;
-                Err(TransactionError::Work(error))
-            }
-        }
+        let checkout = begin(self.process.pool.checkout().await?).await?;
+        complete(&self.process.pool, checkout, None, work).await
     }
 
     /// Runs statements in one transaction that commits only if the lock is still ours.
@@ -200,7 +192,7 @@ impl Database {
                 if lease.has_ended() {
                     return Err(lost());
                 }
-                let mut checkout = begin(pool).await?;
+                let mut checkout = begin(pool.checkout().await?).await?;
                 let value = match work(checkout.conn()).await {
                     Ok(value) => value,
                     Err(error) => {
@@ -350,10 +342,31 @@ async fn send_fence(
 }
 
 /// Opens a transaction on a connection that closes unless the transaction is ended.
-pub(crate) async fn begin(pool: &Pool) -> Result<Checkout, StorageError> {
-    let mut checkout = pool.checkout().await?;
+pub(crate) async fn begin(mut checkout: Checkout) -> Result<Checkout, StorageError> {
     AnsiTransactionManager::begin_transaction_sql(checkout.conn(), BEGIN).await?;
     Ok(checkout)
+}
+
+/// Runs the caller's work in an open transaction, and ends that. With the transaction's id its fate can be asked for.
+pub(crate) async fn complete<T, E, W>(
+    pool: &Pool,
+    mut checkout: Checkout,
+    transaction: Option<String>,
+    work: W,
+) -> Result<T, TransactionError<E>>
+where
+    W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
+{
+    match work(checkout.conn()).await {
+        Ok(value) => {
+            let ending = Ending::unchecked(None, transaction);
+            finish(pool, checkout, ending).await.map(|()| value)
+        }
+        Err(error) => {
+            rollback(checkout).await;
+            Err(TransactionError::Work(error))
+        }
+    }
 }
 
 /// Rolls back, and answers whether the server said so. A connection that does not answer is closed, which rolls

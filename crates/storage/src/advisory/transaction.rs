@@ -25,6 +25,7 @@ use crate::observe;
 use crate::pool::Checkout;
 use crate::process::Process;
 use crate::statement::Prepared;
+use crate::tenant::{TenantGate, TenantOf, refused_at};
 use crate::transaction::{begin, rollback};
 use crate::waiting::Attempt;
 
@@ -41,6 +42,7 @@ use crate::waiting::Attempt;
 #[derive(Clone, Debug)]
 pub struct PgTransactionLock {
     process: Arc<Process>,
+    behind: Option<TenantOf>,
 }
 
 /// The transaction of a hold.
@@ -113,12 +115,15 @@ const TRY_LOCK: &str = "\
 SELECT got, now() AS acquired_at, pg_backend_pid() AS backend_pid,
        CASE WHEN got THEN pg_current_xact_id()::text END AS transaction,
        CASE WHEN got THEN set_config('idle_in_transaction_session_timeout', $2, true) END AS bound
-FROM (SELECT pg_try_advisory_xact_lock($1) AS got OFFSET 0) AS attempt";
+FROM (SELECT CASE
+          WHEN $3 IS NULL OR pg_try_advisory_xact_lock_shared($3) THEN pg_try_advisory_xact_lock($1)
+      END AS got OFFSET 0) AS attempt";
 
 #[derive(QueryableByName)]
 struct TryLockRow {
-    #[diesel(sql_type = Bool)]
-    got: bool,
+    /// Unknown when the gate before it is closed.
+    #[diesel(sql_type = Nullable<Bool>)]
+    got: Option<bool>,
     #[diesel(sql_type = Timestamptz)]
     acquired_at: DateTime<Utc>,
     #[diesel(sql_type = Integer)]
@@ -130,19 +135,32 @@ struct TryLockRow {
 async fn try_lock(
     conn: &mut AsyncPgConnection,
     key: i64,
+    gate: Option<i64>,
     idle_bound: Duration,
 ) -> Result<TryLockRow, StorageError> {
     // Postgres takes whole milliseconds up to 2^31 - 1, and 0 would mean no bound.
     let millis = idle_bound.as_millis().clamp(1, i32::MAX as u128);
     let query = diesel::sql_query(TRY_LOCK)
         .bind::<BigInt, _>(key)
-        .bind::<Text, _>(format!("{millis}ms"));
+        .bind::<Text, _>(format!("{millis}ms"))
+        .bind::<Nullable<BigInt>, _>(gate);
     Ok(Prepared(query).get_result(conn).await?)
 }
 
 impl PgTransactionLock {
     pub(crate) fn new(process: Arc<Process>) -> Self {
-        Self { process }
+        Self {
+            process,
+            behind: None,
+        }
+    }
+
+    /// The same locks behind the gates of tenants: the transaction of a hold has entered the gate of its name's tenant
+    /// before it took the lock, in the same statement. A closed gate is answered as [`AcquireError::TenantConflict`].
+    #[must_use]
+    pub fn behind_gates(mut self, tenant_of: TenantOf) -> Self {
+        self.behind = Some(tenant_of);
+        self
     }
 
     fn check(request: &LockRequest) -> Result<(), Invalid> {
@@ -165,19 +183,25 @@ impl PgTransactionLock {
         let lock_id = LockId::new();
         // Whatever happens in between: the connection is closed, and the server frees the lock.
         let unavailable = |error: StorageError| AcquireError::Unavailable(error.into());
-        let mut checkout = begin(&self.process.pool).await.map_err(unavailable)?;
+        let tenant = self.behind.and_then(|tenant_of| tenant_of(name));
+        let gate = tenant.map(TenantGate::key).transpose()?;
+        let checkout = self.process.pool.checkout().await.map_err(unavailable)?;
+        let mut checkout = begin(checkout).await.map_err(unavailable)?;
         let (key, _) = AdvisoryKey::of(name).as_lock_table_columns();
-        let row = try_lock(checkout.conn(), key, request.max_hold())
+        let row = try_lock(checkout.conn(), key, gate, request.max_hold())
             .await
             .map_err(unavailable)?;
         let TryLockRow {
-            got: true,
+            got: Some(true),
             acquired_at,
             backend_pid,
             transaction: Some(transaction),
         } = row
         else {
             rollback(checkout).await;
+            if let (None, Some(tenant)) = (row.got, tenant) {
+                return Err(refused_at(tenant).into());
+            }
             let held = holder::find(&self.process.pool, AdvisoryKey::of(name), name)
                 .await
                 .map_err(unavailable)?;

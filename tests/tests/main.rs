@@ -14,4 +14,5 @@ mod heartbeat;
 mod history;
 mod leaks;
 mod locked;
+mod purge_race;
 mod world;

@@ -123,6 +123,7 @@ pub(crate) async fn write_under(
     process
         .fenced_transaction_releasing(guard, async |conn| insert(conn, value).await)
         .await
+        .map(|written| written.value)
 }
 
 /// From asking for the lock to having released it.

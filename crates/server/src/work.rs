@@ -47,7 +47,7 @@ impl AppState {
             let done = work(conn).await;
             told(conn, done).await
         });
-        written.await.map_err(|error| match error {
+        written.await.map(|written| written.value).map_err(|error| match error {
             // An advisory lock is gone with its session, before a lease may have been.
             TransactionError::Work(Failure::Disconnected(cause))
                 if self.settings().lock_mode == WorkspaceLockMode::Advisory || guard.is_lost() =>

@@ -33,4 +33,4 @@ pub use startup::{Findings, StartupError};
 pub use statement::Prepared;
 pub use tenant::TenantGate;
 pub use tls::{TlsError, TlsMode};
-pub use transaction::{TransactionError, WorkError};
+pub use transaction::{Fenced, TransactionError, WorkError};

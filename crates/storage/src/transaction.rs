@@ -1,11 +1,11 @@
 //! Running the caller's own statements: the one place where diesel's types stand in a public signature.
 
-use diesel::sql_types::{Nullable, Text, Uuid as SqlUuid};
+use diesel::sql_types::{BigInt, Nullable, Text, Uuid as SqlUuid};
 use diesel::{OptionalExtension, QueryableByName};
 use diesel_async::{
     AnsiTransactionManager, AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection, TransactionManager,
 };
-use leasehold_domain::{ErrorClass, HoldControl, LockGuard, LockId, Unavailable};
+use leasehold_domain::{ErrorClass, FencingToken, HoldControl, LockGuard, LockId, Unavailable};
 use std::time::Duration;
 
 use crate::advisory::transaction::OpenTransaction;
@@ -86,9 +86,21 @@ impl<E> From<StorageError> for TransactionError<E> {
     }
 }
 
-/// What a statement at the border of a transaction found: its id, to ask for its fate, and whether to go on.
+/// What a fenced transaction has committed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fenced<T> {
+    /// What the work answered.
+    pub value: T,
+    /// The token that the transaction committed under: final, also for a lease whose grant became durable only with
+    /// it. A transaction-scoped lock has none.
+    pub fencing_token: Option<FencingToken>,
+}
+
+/// What the fence found: the token, and the transaction's id, to ask for its fate.
 #[derive(QueryableByName)]
 struct FenceRow {
+    #[diesel(sql_type = BigInt)]
+    fencing_token: i64,
     #[diesel(sql_type = Text)]
     transaction: String,
 }
@@ -148,7 +160,7 @@ impl Database {
         &self,
         guard: &LockGuard,
         work: W,
-    ) -> Result<T, TransactionError<E>>
+    ) -> Result<Fenced<T>, TransactionError<E>>
     where
         W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
     {
@@ -167,7 +179,7 @@ impl Database {
         &self,
         guard: &LockGuard,
         work: W,
-    ) -> Result<T, TransactionError<E>>
+    ) -> Result<Fenced<T>, TransactionError<E>>
     where
         W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
     {
@@ -179,7 +191,7 @@ impl Database {
         guard: &LockGuard,
         fence: Fence,
         work: W,
-    ) -> Result<T, TransactionError<E>>
+    ) -> Result<Fenced<T>, TransactionError<E>>
     where
         W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
     {
@@ -201,8 +213,8 @@ impl Database {
                     }
                 };
                 let fencing = Fencing::start(&lease, &hold.control);
-                let transaction = match send_fence(checkout.conn(), &lease, lock_id, fence).await {
-                    Ok(Some(transaction)) => transaction,
+                let row = match send_fence(checkout.conn(), &lease, lock_id, fence).await {
+                    Ok(Some(row)) => row,
                     Ok(None) => {
                         rollback(checkout).await;
                         drop(fencing);
@@ -222,7 +234,7 @@ impl Database {
                     checkout,
                     Ending {
                         lock_id: Some(lock_id),
-                        transaction: Some(transaction),
+                        transaction: Some(row.transaction),
                         checked: true,
                     },
                 )
@@ -231,7 +243,10 @@ impl Database {
                     lease.set_ended();
                     self.process.freed(guard.name());
                 }
-                Ok(value)
+                Ok(Fenced {
+                    value,
+                    fencing_token: Some(FencingToken::new(row.fencing_token)),
+                })
             }
             Scope::Transaction(transaction) => {
                 let Some((mut checkout, id)) = transaction.take() else {
@@ -250,7 +265,10 @@ impl Database {
                     }
                     Ok(value) => {
                         let ending = Ending::unchecked(Some(lock_id), Some(id));
-                        finish(pool, checkout, ending).await.map(|()| value)
+                        finish(pool, checkout, ending).await.map(|()| Fenced {
+                            value,
+                            fencing_token: None,
+                        })
                     }
                     Err(error) => {
                         rollback(checkout).await;
@@ -326,7 +344,7 @@ async fn send_fence(
     lease: &LeaseHold,
     lock_id: LockId,
     fence: Fence,
-) -> Result<Option<String>, StorageError> {
+) -> Result<Option<FenceRow>, StorageError> {
     let sql = match fence {
         Fence::Keep => &lease.table.fence,
         Fence::Release => &lease.table.fence_and_release,
@@ -337,8 +355,7 @@ async fn send_fence(
     for key in &lease.keys {
         query = query.bind::<Text, _>(key);
     }
-    let row: Option<FenceRow> = Prepared(query).get_result(conn).await.optional()?;
-    Ok(row.map(|row| row.transaction))
+    Ok(Prepared(query).get_result(conn).await.optional()?)
 }
 
 /// Opens a transaction on a connection that closes unless the transaction is ended.

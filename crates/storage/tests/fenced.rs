@@ -85,6 +85,7 @@ async fn write(process: &Database, guard: &LockGuard, value: i64) -> Result<(), 
             Ok(())
         })
         .await
+        .map(|written| written.value)
 }
 
 async fn insert(conn: &mut AsyncPgConnection, value: i64) -> Result<usize, Failure> {
@@ -134,10 +135,50 @@ async fn its_future_can_be_spawned() {
             })
             .await;
         lock.release(guard).await.unwrap();
-        result.unwrap()
+        result.unwrap().value
     });
     assert_eq!(written.await.unwrap(), 1);
     assert_eq!(bench.written().await, [2, 20]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_token_that_it_committed_under_is_told() {
+    let bench = Bench::start().await;
+    let lock = bench.process.leases();
+    let guard = lock.try_acquire(&request()).await.unwrap();
+    let mut tokens = Vec::new();
+    for value in [1, 2] {
+        let written = bench
+            .process
+            .fenced_transaction(&guard, async |conn| insert(conn, value).await)
+            .await
+            .unwrap();
+        tokens.push(written.fencing_token.unwrap());
+    }
+    assert_eq!(tokens[0], tokens[1], "it is the token of the acquisition");
+    let row = "SELECT fencing_token FROM leasehold.leases";
+    let stored: i64 = bench.client.query_one(row, &[]).await.unwrap().get(0);
+    assert_eq!(tokens[0].get(), stored);
+    lock.release(guard).await.unwrap();
+
+    let durable = request().with_durability(Durability::Durable);
+    let guard = lock.try_acquire(&durable).await.unwrap();
+    let released = bench
+        .process
+        .fenced_transaction_releasing(&guard, async |conn| insert(conn, 3).await)
+        .await
+        .unwrap();
+    assert_eq!(released.fencing_token, guard.fencing_token());
+    assert!(released.fencing_token > Some(tokens[0]));
+
+    let lock = bench.process.transaction_locks();
+    let guard = lock.try_acquire(&request()).await.unwrap();
+    let written = bench
+        .process
+        .fenced_transaction(&guard, async |conn| insert(conn, 4).await)
+        .await
+        .unwrap();
+    assert_eq!(written.fencing_token, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -71,6 +71,10 @@ pub struct ServeConfig {
     #[arg(long, env, default_value = "7", value_parser = Number::new("days", 1..=3_650).count())]
     pub lease_retention_days: usize,
 
+    /// How long the removal of a tenant's data waits for writes that are under way, in seconds.
+    #[arg(long, env, default_value = "5", value_parser = Number::new("seconds", 1..=3_600).count())]
+    pub tenant_purge_lock_timeout_seconds: usize,
+
     /// The most connections in the pool.
     #[arg(long, env, default_value = "8", value_parser = Number::new("connections", 2..=500).count())]
     pub database_pool_size: usize,
@@ -202,6 +206,11 @@ impl ServeConfig {
     /// How long the row of a lock name stays without use.
     pub fn lease_retention(&self) -> Duration {
         Duration::from_secs(self.lease_retention_days as u64 * 24 * 60 * 60)
+    }
+
+    /// How long the removal of a tenant's data waits for writes that are under way.
+    pub fn tenant_purge_lock_timeout(&self) -> Duration {
+        Duration::from_secs(self.tenant_purge_lock_timeout_seconds as u64)
     }
 
     /// How long running requests may take to end.

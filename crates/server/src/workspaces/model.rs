@@ -64,9 +64,11 @@ impl Validate for WorkspacePatch {
     }
 }
 
-/// Tells `null` from absent.
-fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<String>>, D::Error> {
-    Option::deserialize(deserializer).map(Some)
+/// Tells `null` from absent: for members of a patch, which are `None` by default.
+pub(crate) fn given<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    T::deserialize(deserializer).map(Some)
 }
 
 pub(crate) fn check_description(description: Option<&str>) -> Vec<FieldError> {

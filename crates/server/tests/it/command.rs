@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::support::{Api, MAIN, database, empty_database, eventually};
 
-const VARIABLES: [&str; 15] = [
+const VARIABLES: [&str; 16] = [
     "DATABASE_URL",
     "DATABASE_TLS",
     "DATABASE_POOL_SIZE",
@@ -25,6 +25,7 @@ const VARIABLES: [&str; 15] = [
     "LOCK_MAX_WAITERS",
     "LOCK_MAX_WAITERS_PER_TENANT",
     "LEASE_RETENTION_DAYS",
+    "TENANT_PURGE_LOCK_TIMEOUT_SECONDS",
     "SHUTDOWN_GRACE_SECONDS",
     "LOG_FORMAT",
     "RUST_LOG",
@@ -116,6 +117,22 @@ fn a_value_that_cannot_be_right_stops_the_start() {
         (
             &[("LEASE_RETENTION_DAYS", "0")],
             &["LEASE_RETENTION_DAYS", "0", "1 to 3650"],
+        ),
+        (
+            &[("TENANT_PURGE_LOCK_TIMEOUT_SECONDS", "0")],
+            &["TENANT_PURGE_LOCK_TIMEOUT_SECONDS", "0", "1 to 3600"],
+        ),
+        (
+            &[("TENANT_PURGE_LOCK_TIMEOUT_SECONDS", "-5")],
+            &["TENANT_PURGE_LOCK_TIMEOUT_SECONDS", "-5", "1 to 3600"],
+        ),
+        (
+            &[("TENANT_PURGE_LOCK_TIMEOUT_SECONDS", "99999999999999999999")],
+            &[
+                "TENANT_PURGE_LOCK_TIMEOUT_SECONDS",
+                "99999999999999999999",
+                "1 to 3600",
+            ],
         ),
         (
             &[("DATABASE_POOL_SIZE", "1")],

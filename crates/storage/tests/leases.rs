@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use leasehold_domain::{DistributedLock, Holder, LockName, LockRequest};
+use leasehold_domain::{AcquireError, DistributedLock, Holder, LockName, LockRequest, Released};
 use leasehold_storage::{Database, LeaseColumns, RowLease, RowLeaseTable};
 use tokio_postgres::Client;
 
 use crate::support::{TestDatabase, eventually};
 
 struct Bench {
+    database: TestDatabase,
     process: Database,
     client: Client,
 }
@@ -18,7 +19,11 @@ impl Bench {
         let database = TestDatabase::create().await;
         let client = database.client().await;
         let process = Database::connect(database.options(), 4).await.unwrap();
-        Self { process, client }
+        Self {
+            database,
+            process,
+            client,
+        }
     }
 
     /// A table of the caller with one row, whose key columns have the names of things that the statements use.
@@ -125,6 +130,135 @@ async fn key_columns_may_have_any_names() {
         .await
         .unwrap();
     assert_eq!(ended.unwrap().lock_id, Some(guard.lock_id()));
+}
+
+/// A table with many rows, found by keys of all the types that there are, and the lock on it.
+async fn typed(bench: &Bench) -> RowLease {
+    let table = "CREATE DOMAIN slug AS TEXT CHECK (VALUE ~ '^[a-z0-9]+$');
+         CREATE TABLE typed (tenant slug, id UUID, number BIGINT, part INTEGER, lock_id UUID, lock_operation TEXT,
+                             lock_by TEXT, lock_acquired_at TIMESTAMPTZ, lock_expires_at TIMESTAMPTZ,
+                             lock_fencing_token BIGINT NOT NULL DEFAULT 0, PRIMARY KEY (tenant, id, number, part))
+             WITH (fillfactor = 50);
+         INSERT INTO typed
+             SELECT 't' || n, ('00000000-0000-4000-8000-' || lpad(n::text, 12, '0'))::uuid, -n, n
+             FROM generate_series(1, 2000) AS n;
+         ANALYZE typed";
+    bench.client.batch_execute(table).await.unwrap();
+    let table = RowLeaseTable::new("public", "typed", "typed")
+        .key_column("tenant")
+        .uuid_key_column("id")
+        .integer_key_column("number")
+        .integer_key_column("part")
+        .build()
+        .unwrap();
+    bench.process.row_leases(table)
+}
+
+fn typed_name(parts: [&str; 4]) -> LockRequest {
+    let name = LockName::new(std::iter::once("typed").chain(parts)).unwrap();
+    LockRequest::new(name, Holder::new("alice", "edit"))
+}
+
+const SEVENTH: [&str; 4] = ["t7", "00000000-0000-4000-8000-000000000007", "-7", "7"];
+
+/// Every statement there is, and none of them looks through the table.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_of_any_type_are_found_by_their_index() {
+    let bench = Bench::start().await;
+    let lock = typed(&bench).await;
+    let client = bench.database.client().await;
+    let scans = async || {
+        let sql = "SELECT seq_scan, idx_scan FROM pg_stat_user_tables WHERE relname = 'typed'";
+        let row = client.query_one(sql, &[]).await.unwrap();
+        (row.get::<_, i64>(0), row.get::<_, i64>(1))
+    };
+    // What a session has counted is told when it ends.
+    let look = "SELECT count(*) FROM typed WHERE number + 0 = 7";
+    let looker = bench.database.client().await;
+    let (before, _) = scans().await;
+    looker.query_one(look, &[]).await.unwrap();
+    drop(looker);
+    eventually("a look through the table is counted", async || {
+        scans().await.0 > before
+    })
+    .await;
+    let (before, found) = scans().await;
+
+    let seventh = typed_name(SEVENTH);
+    let ttl = Duration::from_millis(600);
+    let guard = lock.try_acquire(&seventh.clone().with_ttl(ttl)).await.unwrap();
+    assert!(matches!(
+        lock.try_acquire(&seventh).await,
+        Err(AcquireError::Contended(_))
+    ));
+    let granted = guard.expires_at().unwrap();
+    eventually("it is renewed", async || {
+        guard.expires_at().unwrap() > granted + ttl * 2 || guard.is_lost()
+    })
+    .await;
+    lock.extend(&guard, Duration::from_secs(60)).await.unwrap();
+    let write = bench
+        .process
+        .fenced_transaction(&guard, async |_| Ok::<_, diesel::result::Error>(()));
+    write.await.unwrap();
+    assert_eq!(lock.release(guard).await.unwrap(), Released::Held);
+    drop(lock.try_acquire(&seventh).await.unwrap());
+    eventually("a dropped guard gives back", async || {
+        lock.inspect(seventh.name()).await.unwrap().is_none()
+    })
+    .await;
+    let guard = lock.try_acquire(&seventh).await.unwrap();
+    let ended = lock.force_release(guard.name(), "operator", "stuck").await;
+    assert_eq!(ended.unwrap().unwrap().lock_id, Some(guard.lock_id()));
+    drop(guard);
+
+    bench.process.shutdown(Duration::from_secs(10)).await;
+    drop((bench, lock));
+    eventually("its statements are counted", async || {
+        scans().await.1 >= found + 10
+    })
+    .await;
+    assert_eq!(scans().await.0, before, "a statement looked through the table");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_part_that_is_no_value_of_its_column_names_no_row() {
+    let bench = Bench::start().await;
+    let lock = typed(&bench).await;
+    let [tenant, id, number, part] = SEVENTH;
+    let refused = [
+        [tenant, "7", number, part],
+        [tenant, "{00000000-0000-4000-8000-000000000007}", number, part],
+        [tenant, "00000000-0000-4000-8000-00000000000A", number, part],
+        [tenant, id, "seven", part],
+        [tenant, id, "-7.0", part],
+        [tenant, id, " -7", part],
+        [tenant, id, "-07", part],
+        [tenant, id, "-9223372036854775809", part],
+        [tenant, id, number, "+7"],
+    ];
+    for parts in refused {
+        let request = typed_name(parts);
+        let result = lock.try_acquire(&request).await;
+        assert!(
+            matches!(result, Err(AcquireError::Invalid(_))),
+            "{parts:?}: {result:?}"
+        );
+        assert_eq!(lock.inspect(request.name()).await.unwrap(), None);
+    }
+    let absent = [
+        ["No slug", id, number, part],
+        [tenant, id, "9223372036854775807", part],
+        // More than the column can have.
+        [tenant, id, number, "2147483648"],
+    ];
+    for parts in absent {
+        let result = lock.try_acquire(&typed_name(parts)).await;
+        assert!(
+            matches!(result, Err(AcquireError::NotFound { .. })),
+            "{parts:?}: {result:?}"
+        );
+    }
 }
 
 /// A service has several locks, and each is the same trait: a guard that is given to the wrong one is released all

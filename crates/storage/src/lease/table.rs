@@ -4,6 +4,7 @@
 //! stands still in a transaction), and matches the lock id of the acquisition that it is about.
 
 use leasehold_domain::{Invalid, LockName};
+use uuid::Uuid;
 
 /// The columns of a lease in a table of the caller.
 ///
@@ -44,7 +45,9 @@ impl LeaseColumns {
 /// Describes a table of the caller whose rows can be leased.
 ///
 /// A lock name is a fixed first part, which tells the table from others, followed by one part for each key
-/// column. Key columns must be of type TEXT (or VARCHAR) and unique together.
+/// column. Key columns must be unique together, and of a type that the builder is told: it compares with the column's
+/// own index. A part that is no value of its column's type is refused as [`Invalid`], and so is one that Postgres would
+/// write in another way (`007`, a UUID in capitals): a row has one name.
 ///
 /// ```
 /// use leasehold_storage::{LeaseColumns, RowLeaseTable};
@@ -61,8 +64,43 @@ pub struct RowLeaseTable {
     schema: String,
     table: String,
     fixed_part: String,
-    keys: Vec<String>,
+    keys: Vec<(String, KeyType)>,
     columns: LeaseColumns,
+}
+
+/// The type of a key column, whose values are parts of names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum KeyType {
+    Text,
+    Uuid,
+    /// Of any width: Postgres compares them with each other by index.
+    Integer,
+}
+
+impl KeyType {
+    /// Makes a value of the type of a text, or an array of an array.
+    fn cast(self, bind: &str, array: &str) -> String {
+        match self {
+            Self::Text => bind.to_owned(),
+            Self::Uuid => format!("{bind}::uuid{array}"),
+            Self::Integer => format!("{bind}::bigint{array}"),
+        }
+    }
+
+    fn check(self, part: &str) -> Result<(), Invalid> {
+        let (written, wanted) = match self {
+            Self::Text => return Ok(()),
+            Self::Uuid => (Uuid::parse_str(part).map(|id| id.to_string()).ok(), "a UUID"),
+            Self::Integer => (part.parse::<i64>().map(|id| id.to_string()).ok(), "an integer"),
+        };
+        if written.as_deref() == Some(part) {
+            return Ok(());
+        }
+        Err(Invalid::new(
+            "name",
+            format!("{part:?} is not {wanted} as Postgres writes it"),
+        ))
+    }
 }
 
 impl RowLeaseTable {
@@ -77,10 +115,27 @@ impl RowLeaseTable {
         }
     }
 
-    /// Adds a key column: the next part of the name is its value.
+    /// Adds a key column of type TEXT or VARCHAR, or of a domain over them: the next part of the name is its value.
     #[must_use]
-    pub fn key_column(mut self, column: &str) -> Self {
-        self.keys.push(column.into());
+    pub fn key_column(self, column: &str) -> Self {
+        self.key_of(column, KeyType::Text)
+    }
+
+    /// Adds a key column of type UUID: the next part of the name is its value, in the form
+    /// `67e55044-10b1-426f-9247-bb680e5fe0c8`.
+    #[must_use]
+    pub fn uuid_key_column(self, column: &str) -> Self {
+        self.key_of(column, KeyType::Uuid)
+    }
+
+    /// Adds a key column of type BIGINT, INTEGER or SMALLINT: the next part of the name is its value in decimal.
+    #[must_use]
+    pub fn integer_key_column(self, column: &str) -> Self {
+        self.key_of(column, KeyType::Integer)
+    }
+
+    fn key_of(mut self, column: &str, key_type: KeyType) -> Self {
+        self.keys.push((column.into(), key_type));
         self
     }
 
@@ -110,7 +165,11 @@ impl RowLeaseTable {
             acquired_at: quote(&self.columns.acquired_at)?,
             expires_at: quote(&self.columns.expires_at)?,
             token: quote(&self.columns.fencing_token)?,
-            keys: self.keys.iter().map(|key| quote(key)).collect::<Result<_, _>>()?,
+            keys: self
+                .keys
+                .iter()
+                .map(|(key, key_type)| Ok((quote(key)?, *key_type)))
+                .collect::<Result<_, _>>()?,
         };
         let table = format!("{}.{}", quote(&self.schema)?, quote(&self.table)?);
         Ok(LeaseTable::write(
@@ -142,7 +201,7 @@ struct Columns {
     acquired_at: String,
     expires_at: String,
     token: String,
-    keys: Vec<String>,
+    keys: Vec<(String, KeyType)>,
 }
 
 /// How a lock name becomes the values of the key columns.
@@ -158,7 +217,7 @@ enum Naming {
 #[derive(Debug)]
 pub struct LeaseTable {
     naming: Naming,
-    keys: usize,
+    keys: Vec<KeyType>,
     /// Whether the table is the library's own: rows are made as they are needed and tell more of the holder.
     pub(crate) own: bool,
     /// Binds: lock id, operation, by, ttl in seconds; the key values; for the own table also instance, metadata
@@ -198,12 +257,12 @@ impl LeaseTable {
             acquired_at: column("acquired_at"),
             expires_at: column("expires_at"),
             token: column("fencing_token"),
-            keys: vec![column("name")],
+            keys: vec![(column("name"), KeyType::Text)],
         };
         Self::write(Naming::Encoded, "leasehold.leases", &columns, true)
     }
 
-    /// The values of the key columns for a name, in their order.
+    /// The values of the key columns for a name, in their order, as texts that the statements can cast.
     ///
     /// # Errors
     /// [`Invalid`] with the field `name` when the name is not one of this table's.
@@ -214,15 +273,17 @@ impl LeaseTable {
                 let mut parts = name.parts();
                 let first = parts.next();
                 let values: Vec<String> = parts.map(str::to_owned).collect();
-                if first == Some(fixed) && values.len() == self.keys {
-                    Ok(values)
-                } else {
-                    let keys = self.keys;
-                    Err(Invalid::new(
+                let keys = self.keys.len();
+                if first != Some(fixed) || values.len() != keys {
+                    return Err(Invalid::new(
                         "name",
                         format!("a lock of this table is named {fixed:?} and {keys} more parts"),
-                    ))
+                    ));
                 }
+                for (key_type, value) in self.keys.iter().zip(&values) {
+                    key_type.check(value)?;
+                }
+                Ok(values)
             }
         }
     }
@@ -251,7 +312,7 @@ impl LeaseTable {
         };
         Self {
             naming,
-            keys: columns.keys.len(),
+            keys: columns.keys.iter().map(|(_, key_type)| *key_type).collect(),
             own,
             acquire: acquire("NULL::text"),
             acquire_with_write: acquire(
@@ -274,11 +335,11 @@ impl Columns {
     /// selects them from `t` under names that no other column has, and `{same A}` compares those of `t` with what
     /// was so selected in `A`; `{unnest N}` and `{unnested}` take the keys as arrays.
     fn fill(&self, table: &str, template: &str) -> String {
-        let list = |write: &dyn Fn(usize, &String) -> String, separator: &str| {
+        let list = |write: &dyn Fn(usize, &String, KeyType) -> String, separator: &str| {
             self.keys
                 .iter()
                 .enumerate()
-                .map(|(index, key)| write(index, key))
+                .map(|(index, (key, key_type))| write(index, key, *key_type))
                 .collect::<Vec<_>>()
                 .join(separator)
         };
@@ -295,17 +356,26 @@ impl Columns {
         }
         text = text.replace(
             "{keys}",
-            &list(&|index, key| format!("t.{key} AS key{index}"), ", "),
+            &list(&|index, key, _| format!("t.{key} AS key{index}"), ", "),
         );
-        text = text.replace("{unnested}", &list(&|index, _| format!("key{index}"), ", "));
+        text = text.replace("{unnested}", &list(&|index, _, _| format!("key{index}"), ", "));
         for first in 1..10 {
-            let matched = list(&|index, key| format!("t.{key} = ${}", first + index), " AND ");
+            let matched = list(
+                &|index, key, key_type| {
+                    let value = key_type.cast(&format!("${}", first + index), "");
+                    format!("t.{key} = {value}")
+                },
+                " AND ",
+            );
             text = text.replace(&format!("{{match {first}}}"), &matched);
-            let arrays = list(&|index, _| format!("${}::text[]", first + index), ", ");
+            let arrays = list(
+                &|index, _, key_type| key_type.cast(&format!("${}::text[]", first + index), "[]"),
+                ", ",
+            );
             text = text.replace(&format!("{{unnest {first}}}"), &arrays);
         }
         for other in ["open", "mine", "due"] {
-            let same = list(&|index, key| format!("t.{key} = {other}.key{index}"), " AND ");
+            let same = list(&|index, key, _| format!("t.{key} = {other}.key{index}"), " AND ");
             text = text.replace(&format!("{{same {other}}}"), &same);
         }
         text

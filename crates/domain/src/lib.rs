@@ -11,6 +11,7 @@ mod mock;
 mod monotonic;
 mod name;
 mod request;
+mod slot;
 mod tenant;
 
 pub use error::{
@@ -30,4 +31,5 @@ pub use mock::MockDistributedLock;
 pub use monotonic::{Monotonic, MonotonicClock};
 pub use name::LockName;
 pub use request::{Durability, LockMode, LockRequest, MAX_TTL, MIN_TTL, Ttl};
+pub use slot::{Interval, IntervalSlots, MAX_TRIES, MissedSlots, OnCrash, Slots};
 pub use tenant::{TenantConflict, TenantConflictReason};

@@ -43,7 +43,11 @@ pub(crate) const STORAGE: MigrationSet = embed_migrations!(
     "storage",
     works_since: "2026-11-21-000001",
     "../../../migrations/storage",
-    ["2026-11-21-000001_leases", "2026-11-21-000002_tenants"]
+    [
+        "2026-11-21-000001_leases",
+        "2026-11-21-000002_tenants",
+        "2026-11-21-000003_queue"
+    ]
 );
 
 /// One step: a folder with an `up.sql`, as Diesel's command makes them.

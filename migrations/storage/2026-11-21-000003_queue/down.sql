@@ -1,0 +1,1 @@
+DROP TABLE leasehold.dead_letters, leasehold.work_claims, leasehold.work_items;

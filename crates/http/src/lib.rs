@@ -16,7 +16,7 @@ mod validate;
 pub use code::Code;
 pub use extract::{ApiJson, ApiPath, ApiQuery, BODY_READ_TIMEOUT, NoBody};
 pub use identity::{Authenticate, BearerToken, Caller};
-pub use locked::{LockTarget, Locked, operation};
+pub use locked::{Early, LockTarget, Locked, operation};
 pub use panic::on_panic;
 pub use prefer::{PREFER, PREFERENCE_APPLIED, preferred_wait};
 pub use problem::{FieldError, LockView, PROBLEM_JSON, Problem, ProblemBody, Reason, Timestamp, Type};

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use axum::extract::{FromRequest, Request};
 use axum::http::request::Parts;
+use axum::response::{IntoResponse, Response};
 use leasehold_domain::{DistributedLock, Holder, LockRequest};
 
 use crate::prefer::preferred_wait;
@@ -28,8 +29,8 @@ pub trait LockTarget<S, B = NoBody>: Sized + Send + Sync {
     fn authorize(parts: &mut Parts, state: &S) -> impl Future<Output = Result<Self, Problem>> + Send;
 
     /// A last look at the whole request before the lock is asked for. Everything is admitted unless the target
-    /// says otherwise.
-    fn admit(&self, body: &B, state: &S) -> impl Future<Output = Result<(), Problem>> + Send {
+    /// says otherwise: by a problem, or by an answer that needs no lock.
+    fn admit(&self, body: &B, state: &S) -> impl Future<Output = Result<(), Early>> + Send {
         let _ = (body, state);
         std::future::ready(Ok(()))
     }
@@ -48,6 +49,30 @@ pub trait LockTarget<S, B = NoBody>: Sized + Send + Sync {
     fn max_wait(&self, state: &S) -> Duration {
         let _ = state;
         Duration::from_secs(30)
+    }
+}
+
+/// What ends a request before it has its lock.
+#[derive(Debug)]
+pub enum Early {
+    /// It is refused.
+    Problem(Problem),
+    /// It is answered: there is nothing left to do for it.
+    Answer(Box<Response>),
+}
+
+impl From<Problem> for Early {
+    fn from(problem: Problem) -> Self {
+        Self::Problem(problem)
+    }
+}
+
+impl IntoResponse for Early {
+    fn into_response(self) -> Response {
+        match self {
+            Self::Problem(problem) => problem.into_response(),
+            Self::Answer(answer) => *answer,
+        }
     }
 }
 
@@ -86,14 +111,16 @@ where
     B: FromRequest<S> + Send + Sync,
     Problem: From<B::Rejection>,
 {
-    type Rejection = Problem;
+    type Rejection = Early;
 
-    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+    async fn from_request(request: Request, state: &S) -> Result<Self, Early> {
         let (mut parts, body) = request.into_parts();
         let scope = LockScope::of(&parts.extensions)?;
         let target = T::authorize(&mut parts, state).await?;
         let wait = preferred_wait(&parts.headers).map(|wait| wait.min(target.max_wait(state)));
-        let body = B::from_request(Request::from_parts(parts, body), state).await?;
+        let body = B::from_request(Request::from_parts(parts, body), state)
+            .await
+            .map_err(Problem::from)?;
         target.admit(&body, state).await?;
 
         let request = target.request(&body, state)?;
@@ -111,10 +138,10 @@ where
                 body,
                 guard: scope.lend(lock, guard),
             }),
-            Err(error) => Err(match error.contention() {
+            Err(error) => Err(Early::Problem(match error.contention() {
                 Some(contention) => Problem::contended(T::CONFLICT, contention),
                 None => error.into(),
-            }),
+            })),
         }
     }
 }

@@ -80,6 +80,56 @@ pub struct WaitPreference {
     prefer: Option<String>,
 }
 
+/// The header of every write that is done once however often it is sent.
+#[derive(Clone, Debug, IntoParams)]
+#[into_params(parameter_in = Header)]
+#[expect(dead_code, reason = "it is documentation")]
+pub struct IdempotencyKey {
+    /// A word of the client's own choice, a fresh one for each write: 1 to 255 visible ASCII characters. The same
+    /// request with the same key is answered as the first one was, and changes nothing more, for 24 hours.
+    #[param(rename = "Idempotency-Key", value_type = String, required = false, min_length = 1, max_length = 255,
+            pattern = "^[!-~]+$", example = "0190c3a5-6a34-7c1e-9c8c-2f6d0f6f6e11")]
+    idempotency_key: Option<String>,
+}
+
+/// Says of the successful answers of every operation with an [`IdempotencyKey`] that they may be replays. To be run on
+/// the whole document.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ReplayedAnswers;
+
+impl Modify for ReplayedAnswers {
+    fn modify(&self, document: &mut OpenApi) {
+        let items = document.paths.paths.values_mut();
+        let operations = items.flat_map(|item| {
+            [&mut item.put, &mut item.post, &mut item.patch, &mut item.delete]
+                .into_iter()
+                .flatten()
+        });
+        for operation in operations {
+            let keyed = operation.parameters.iter().flatten().any(
+                |parameter| matches!(parameter, RefOr::T(parameter) if parameter.name == "Idempotency-Key"),
+            );
+            if !keyed {
+                continue;
+            }
+            let successes = operation.responses.responses.iter_mut();
+            for (_, answer) in successes.filter(|(status, _)| status.starts_with('2')) {
+                if let RefOr::T(answer) = answer {
+                    let only_true = ObjectBuilder::new()
+                        .schema_type(Type::String)
+                        .enum_values(Some(["true"]));
+                    let header = HeaderBuilder::new().schema(Some(only_true)).description(Some(
+                        "There when the answer was given before, to the first request with the same `Idempotency-Key`",
+                    ));
+                    answer
+                        .headers
+                        .insert("Idempotency-Replayed".to_owned(), header.build().into());
+                }
+            }
+        }
+    }
+}
+
 const READ: &[StatusCode] = &[
     StatusCode::BAD_REQUEST,
     StatusCode::UNAUTHORIZED,

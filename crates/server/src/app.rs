@@ -1,16 +1,18 @@
 //! Every route in one place, and the document that describes them.
 
 use axum::Router;
+use axum::middleware::map_request;
 use axum::routing::get;
-use leasehold_http::openapi::ProblemComponents;
+use leasehold_http::openapi::{ProblemComponents, ReplayedAnswers};
 use leasehold_http::{LockScopeLayer, RequestIdLayer, on_panic};
 use tower_http::catch_panic::CatchPanicLayer;
-use utoipa::OpenApi;
+use utoipa::{Modify, OpenApi};
 use utoipa::openapi::OpenApi as Document;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::SwaggerUi;
 
+use crate::idempotency::take_fingerprint;
 use crate::state::AppState;
 use crate::{contexts, default_config, service, tenants, versions, workspaces};
 
@@ -78,21 +80,24 @@ fn routes() -> OpenApiRouter<AppState> {
 
 /// The document that describes the API: what `/openapi.json` answers.
 pub fn openapi() -> Document {
-    routes().into_openapi()
+    let mut document = routes().into_openapi();
+    ReplayedAnswers.modify(&mut document);
+    document
 }
 
 /// The service, ready to be served.
 ///
-/// The layers from the outside in: ids and problems, the release of locks before the response leaves, panics. So a
-/// panic's answer too is sent after the release, and is a problem with an id.
+/// The layers from the outside in: ids and problems, the release of locks before the response leaves, panics,
+/// fingerprints. So a panic's answer too is sent after the release, and is a problem with an id.
 pub fn router(state: AppState) -> Router {
-    let (api, document) = routes().split_for_parts();
+    let api = Router::from(routes());
     let ui = SwaggerUi::new("/docs")
-        .url("/openapi.json", document)
+        .url("/openapi.json", openapi())
         // It would ask a server elsewhere whether the document is valid.
         .config(utoipa_swagger_ui::Config::from("/openapi.json").validator_url("none"));
     api.with_state(state)
         .merge(ui)
+        .layer(map_request(take_fingerprint))
         .layer(CatchPanicLayer::custom(on_panic))
         .layer(LockScopeLayer)
         .layer(RequestIdLayer)

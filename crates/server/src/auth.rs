@@ -60,6 +60,8 @@ impl fmt::Display for Role {
 /// Who asks.
 #[derive(Clone, Debug)]
 pub struct Identity {
+    /// The id of the key that it came with.
+    pub credential: Uuid,
     /// The name under which locks are held and versions are made.
     pub subject: String,
     /// What it may do.
@@ -106,7 +108,8 @@ impl Needs for Operate {
 /// A caller who may do what `R` needs in the tenant of the path, and the path: the first argument of a handler.
 ///
 /// In this order: 401 without a valid key, 403 when its role is too low, 404 when the path names a tenant that
-/// does not exist or is not the key's, 400 when the rest of the path cannot be read.
+/// does not exist or is not the key's, 400 when the rest of the path cannot be read. The extractors after it find the
+/// caller in the request's extensions.
 #[derive(Debug)]
 pub struct Access<P, R = Read> {
     /// Who asks.
@@ -136,6 +139,7 @@ where
             .iter()
             .find_map(|(name, value)| (name == "tenant").then_some(value));
         let caller = authenticate::<R>(state, &token, tenant).await?;
+        parts.extensions.insert(caller.clone());
         let ApiPath(path) = ApiPath::from_request_parts(parts, state).await?;
         Ok(Self {
             caller,
@@ -151,6 +155,8 @@ fn unreadable_path() -> Problem {
 
 #[derive(QueryableByName)]
 struct Found {
+    #[diesel(sql_type = SqlUuid)]
+    id: Uuid,
     #[diesel(sql_type = Text)]
     subject: String,
     #[diesel(sql_type = Text)]
@@ -162,7 +168,7 @@ struct Found {
 }
 
 const FIND: &str = "
-    SELECT c.subject, c.role, c.tenant_id, EXISTS (SELECT FROM tenants t WHERE t.id = $2) AS tenant_exists
+    SELECT c.id, c.subject, c.role, c.tenant_id, EXISTS (SELECT FROM tenants t WHERE t.id = $2) AS tenant_exists
     FROM credentials c
     WHERE c.key_sha256 = $1
       AND (c.expires_at IS NULL OR c.expires_at > clock_timestamp())
@@ -203,6 +209,7 @@ async fn authenticate<R: Needs>(
             Err(Problem::not_found("there is no such tenant"))
         }
         _ => Ok(Identity {
+            credential: found.id,
             subject: found.subject,
             role,
             tenant: found.tenant_id,

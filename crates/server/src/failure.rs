@@ -2,6 +2,7 @@
 
 use diesel::result::{DatabaseErrorKind, Error};
 use leasehold_http::{Code, Problem};
+use leasehold_storage::tenant::EnterError;
 
 /// Why statements were not all run.
 #[derive(Debug)]
@@ -23,6 +24,17 @@ impl From<Problem> for Failure {
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         Self::Database(error)
+    }
+}
+
+impl From<EnterError> for Failure {
+    fn from(error: EnterError) -> Self {
+        match error {
+            EnterError::Conflict(conflict) => Self::Refused(conflict.into()),
+            // The tenants were checked where they came in, and the transaction is our own.
+            EnterError::Invalid(invalid) => Self::Refused(Problem::internal(invalid)),
+            EnterError::Database(error) => Self::Database(error),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! `leasehold serve` runs it. As a library it gives the same service to tests and benchmarks, in process:
 //! [`schema::migrations`], [`AppState::new`], [`app::router`].
 
+mod answer;
 pub mod app;
 pub mod auth;
 pub mod cli;
@@ -11,6 +12,7 @@ pub mod contexts;
 pub mod default_config;
 mod demo;
 mod failure;
+mod idempotency;
 pub mod mode;
 pub mod names;
 pub mod paging;

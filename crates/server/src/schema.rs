@@ -8,7 +8,11 @@ const SERVER: MigrationSet = embed_migrations!(
     "server",
     works_since: "2026-11-21-000101",
     "../../../migrations/server",
-    ["2026-11-21-000101_reference_api", "2026-11-21-000103_tenant_rows"]
+    [
+        "2026-11-21-000101_reference_api",
+        "2026-11-21-000102_writes",
+        "2026-11-21-000103_tenant_rows"
+    ]
 );
 
 /// All of them, in their order.

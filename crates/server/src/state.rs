@@ -6,10 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use leasehold_domain::{DistributedLock, Invalid, LockName};
+use leasehold_storage::tenant::Gated;
 use leasehold_storage::{Database, LeaseColumns, PgTransactionLock, RowLease, RowLeaseTable};
 
 use crate::config::{ServeConfig, WorkspaceLockMode};
 use crate::waiters::{BoundedWaiters, Limits};
+use crate::workspaces::known::KnownWorkspaces;
 
 /// How the service behaves.
 #[derive(Clone, Debug)]
@@ -73,7 +75,7 @@ struct Inner {
     db: Database,
     settings: Settings,
     workspace_lock: WorkspaceLock,
-    /// The same lock, with bounds on who may wait.
+    /// The same lock, behind the gates of tenants and with bounds on who may wait.
     locks: Arc<BoundedWaiters>,
     draining: AtomicBool,
 }
@@ -88,9 +90,16 @@ impl AppState {
             WorkspaceLockMode::Lease => WorkspaceLock::Lease(db.row_leases(workspaces_table()?)),
             WorkspaceLockMode::Advisory => WorkspaceLock::Advisory(db.transaction_locks()),
         };
+        let gate = db.tenant_gate();
         let inner: Arc<dyn DistributedLock> = match &workspace_lock {
-            WorkspaceLock::Lease(lock) => Arc::new(lock.clone()),
-            WorkspaceLock::Advisory(lock) => Arc::new(lock.clone()),
+            WorkspaceLock::Lease(lock) => Arc::new(Gated::new(lock.clone(), gate, tenant_of)),
+            WorkspaceLock::Advisory(lock) => {
+                let lock = lock.clone().behind_gates(tenant_of);
+                Arc::new(KnownWorkspaces::new(
+                    Gated::new(lock, gate, tenant_of),
+                    db.clone(),
+                ))
+            }
         };
         let locks = Arc::new(BoundedWaiters::new(inner, settings.waiters));
         Ok(Self(Arc::new(Inner {
@@ -138,6 +147,11 @@ impl AppState {
 /// Never for names that were checked.
 pub fn workspace_lock_name(tenant: &str, workspace: &str) -> Result<LockName, Invalid> {
     LockName::new(["workspace", tenant, workspace])
+}
+
+/// The tenant of a workspace's lock.
+fn tenant_of(name: &LockName) -> Option<&str> {
+    name.parts().nth(1)
 }
 
 fn workspaces_table() -> Result<leasehold_storage::LeaseTable, Invalid> {

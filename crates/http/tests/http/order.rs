@@ -46,6 +46,11 @@ async fn while_it_is_locked_only_a_valid_write_is_told_so() {
     ask(&router, rename("/plans/archived"))
         .await
         .problem(404, "not_found");
+    let answered = ask(&router, rename("/plans/renamed")).await;
+    assert_eq!(
+        (answered.status, &*answered.body),
+        (200, "it has that name already".as_bytes())
+    );
     assert_eq!(app.lock.attempts(), 0);
 
     let problem = ask(&router, rename(uri)).await.problem(409, "workspace_locked");

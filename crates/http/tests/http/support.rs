@@ -11,7 +11,7 @@ use axum::body::Body;
 use axum::extract::{FromRequestParts, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use axum::routing::{post, put};
 use axum::{Json, Router};
 use http_body_util::BodyExt;
@@ -20,7 +20,7 @@ use leasehold_domain::{
     LockGuard, LockId, LockName, LockRequest, MemoryClock, ReleaseError, Released, ResumeError, Unavailable,
 };
 use leasehold_http::{
-    ApiJson, ApiPath, ApiQuery, Authenticate, BearerToken, Caller, Code, FieldError, LockScopeLayer,
+    ApiJson, ApiPath, ApiQuery, Authenticate, BearerToken, Caller, Code, Early, FieldError, LockScopeLayer,
     LockTarget, Locked, NoBody, Problem, RequestIdLayer, Validate, on_panic, operation,
 };
 use serde::Deserialize;
@@ -344,9 +344,13 @@ impl<B: Sync> LockTarget<App, B> for Plan {
         })
     }
 
-    async fn admit(&self, _: &B, _: &App) -> Result<(), Problem> {
+    async fn admit(&self, _: &B, _: &App) -> Result<(), Early> {
         match self.name.as_str() {
-            "archived" => Err(Problem::not_found("the plan was archived")),
+            "archived" => Err(Problem::not_found("the plan was archived").into()),
+            "renamed" => {
+                let answer = (StatusCode::OK, "it has that name already").into_response();
+                Err(Early::Answer(Box::new(answer)))
+            }
             _ => Ok(()),
         }
     }

@@ -17,7 +17,7 @@ use crate::cli::postgres::Postgres;
 use crate::cli::{Failed, print};
 use crate::config::{ServeConfig, WorkspaceLockMode};
 use crate::state::{AppState, Settings};
-use crate::{app, demo, mode, schema, telemetry};
+use crate::{app, demo, idempotency, mode, schema, telemetry};
 
 /// How often unused rows of lock names are looked for.
 const RETENTION_PERIOD: Duration = Duration::from_secs(60 * 60);
@@ -85,10 +85,10 @@ async fn serve_on(
     mode::agree(db, settings.lock_mode).await?;
     let state = AppState::new(db.clone(), settings)?;
 
-    let mut tasks = vec![tokio::spawn(remove_unused_leases(
-        db.clone(),
-        config.lease_retention(),
-    ))];
+    let mut tasks = vec![
+        tokio::spawn(remove_unused_leases(db.clone(), config.lease_retention())),
+        tokio::spawn(idempotency::prune(db.clone())),
+    ];
     if let Some(alive) = alive {
         let mode = state.settings().lock_mode;
         tasks.push(tokio::spawn(stay_alive(

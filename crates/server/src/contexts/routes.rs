@@ -4,12 +4,14 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use leasehold_http::openapi::{ReadProblems, WaitPreference, WriteProblems};
+use diesel_async::AsyncPgConnection;
+use leasehold_http::openapi::{IdempotencyKey, ReadProblems, WaitPreference, WriteProblems};
 use leasehold_http::{ApiJson, ApiQuery, FieldError, Locked, Problem, ProblemBody};
 use serde_json::Map;
 use utoipa::IntoParams;
 use uuid::Uuid;
 
+use crate::answer::Answer;
 use crate::auth::Access;
 use crate::contexts::model::{Context, DeletedContext, NewContext, ResolveQuery, Resolved};
 use crate::contexts::resolve::resolve;
@@ -84,21 +86,21 @@ pub(crate) async fn list(
 #[utoipa::path(
     post, path = "/v1/tenants/{tenant}/workspaces/{workspace}/contexts", tag = "contexts",
     operation_id = "create_context",
-    params(WorkspacePath, WaitPreference, write::Condition), request_body = NewContext,
+    params(WorkspacePath, WaitPreference, write::Condition, IdempotencyKey), request_body = NewContext,
     responses((status = 201, description = "The new context", body = Context), WriteProblems),
 )]
 pub(crate) async fn create(
     State(state): State<AppState>,
     locked: Locked<WorkspaceWrite<WorkspacePath>, ApiJson<NewContext>>,
-) -> Result<(StatusCode, Json<Context>), Problem> {
+) -> Result<Answer, Problem> {
     let id = locked.target.path.workspace();
     let ApiJson(new) = &locked.body;
     let context = Uuid::now_v7();
-    let made = write::change(&state, &locked, async |conn| {
-        done(store::create(conn, id, context, new).await?)
-    });
-    let ((), version) = made.await?;
-    Ok((StatusCode::CREATED, Json(written(context, new, version))))
+    let work = async |conn: &mut AsyncPgConnection| done(store::create(conn, id, context, new).await?);
+    write::change(&state, &locked, work, |version| {
+        Answer::created(&written(context, new, version))
+    })
+    .await
 }
 
 /// Replace a context
@@ -107,42 +109,42 @@ pub(crate) async fn create(
 #[utoipa::path(
     put, path = "/v1/tenants/{tenant}/workspaces/{workspace}/contexts/{id}", tag = "contexts",
     operation_id = "put_context",
-    params(ContextPath, WaitPreference, write::Condition), request_body = NewContext,
+    params(ContextPath, WaitPreference, write::Condition, IdempotencyKey), request_body = NewContext,
     responses((status = 200, description = "The context as it is now", body = Context), WriteProblems),
 )]
 pub(crate) async fn put(
     State(state): State<AppState>,
     locked: Locked<WorkspaceWrite<ContextPath>, ApiJson<NewContext>>,
-) -> Result<Json<Context>, Problem> {
+) -> Result<Answer, Problem> {
     let (id, context) = (locked.target.path.workspace(), locked.target.path.id);
     let ApiJson(new) = &locked.body;
-    let changed = write::change(&state, &locked, async |conn| {
-        done(store::update(conn, id, context, new).await?)
-    });
-    let ((), version) = changed.await?;
-    Ok(Json(written(context, new, version)))
+    let work = async |conn: &mut AsyncPgConnection| done(store::update(conn, id, context, new).await?);
+    write::change(&state, &locked, work, |version| {
+        Answer::ok(&written(context, new, version))
+    })
+    .await
 }
 
 /// Delete a context
 #[utoipa::path(
     delete, path = "/v1/tenants/{tenant}/workspaces/{workspace}/contexts/{id}", tag = "contexts",
     operation_id = "delete_context",
-    params(ContextPath, WaitPreference, write::Condition),
+    params(ContextPath, WaitPreference, write::Condition, IdempotencyKey),
     responses((status = 200, description = "The context that is gone", body = DeletedContext), WriteProblems),
 )]
 pub(crate) async fn delete(
     State(state): State<AppState>,
     locked: Locked<WorkspaceWrite<ContextPath>>,
-) -> Result<Json<DeletedContext>, Problem> {
+) -> Result<Answer, Problem> {
     let (id, context) = (locked.target.path.workspace(), locked.target.path.id);
-    let gone = write::change(&state, &locked, async |conn| {
-        match store::delete(conn, id, context).await? {
-            true => Ok(()),
-            false => Err(no_context().into()),
-        }
-    });
-    let ((), version) = gone.await?;
-    Ok(Json(DeletedContext { id: context, version }))
+    let work = async |conn: &mut AsyncPgConnection| match store::delete(conn, id, context).await? {
+        true => Ok(()),
+        false => Err(no_context().into()),
+    };
+    write::change(&state, &locked, work, |version| {
+        Answer::ok(&DeletedContext { id: context, version })
+    })
+    .await
 }
 
 /// The header of a read that the client may have the answer of.

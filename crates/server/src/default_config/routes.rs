@@ -2,9 +2,11 @@
 
 use axum::Json;
 use axum::extract::State;
-use leasehold_http::openapi::{ReadProblems, WaitPreference, WriteProblems};
+use diesel_async::AsyncPgConnection;
+use leasehold_http::openapi::{IdempotencyKey, ReadProblems, WaitPreference, WriteProblems};
 use leasehold_http::{ApiJson, ApiQuery, FieldError, Locked, Problem};
 
+use crate::answer::Answer;
 use crate::auth::Access;
 use crate::default_config::batch::{self, Put};
 use crate::default_config::model::{Batch, BatchDone, DeletedKey, Entry, NewValue};
@@ -69,13 +71,13 @@ pub(crate) async fn get(
 #[utoipa::path(
     put, path = "/v1/tenants/{tenant}/workspaces/{workspace}/default-config/{key}", tag = "default-config",
     operation_id = "put_default_config",
-    params(KeyPath, WaitPreference, write::Condition), request_body = NewValue,
+    params(KeyPath, WaitPreference, write::Condition, IdempotencyKey), request_body = NewValue,
     responses((status = 200, description = "The key with its value", body = Entry), WriteProblems),
 )]
 pub(crate) async fn put(
     State(state): State<AppState>,
     locked: Locked<WorkspaceWrite<KeyPath>, ApiJson<NewValue>>,
-) -> Result<Json<Entry>, Problem> {
+) -> Result<Answer, Problem> {
     let (id, key) = (locked.target.path.workspace(), locked.target.path.key.as_str());
     let ApiJson(NewValue { value, description }) = &locked.body;
     let put = Put {
@@ -83,19 +85,19 @@ pub(crate) async fn put(
         value,
         description: description.as_deref(),
     };
-    let done = write::change(&state, &locked, async |conn| {
-        match store::put(conn, id, put).await? {
-            true => Ok(()),
-            false => Err(workspaces::store::no_workspace().into()),
-        }
-    });
-    let ((), version) = done.await?;
-    Ok(Json(Entry {
-        key: key.to_owned(),
-        value: value.clone(),
-        description: description.clone(),
-        version,
-    }))
+    let work = async |conn: &mut AsyncPgConnection| match store::put(conn, id, put).await? {
+        true => Ok(()),
+        false => Err(workspaces::store::no_workspace().into()),
+    };
+    write::change(&state, &locked, work, |version| {
+        Answer::ok(&Entry {
+            key: key.to_owned(),
+            value: value.clone(),
+            description: description.clone(),
+            version,
+        })
+    })
+    .await
 }
 
 /// Delete a key
@@ -104,15 +106,15 @@ pub(crate) async fn put(
 #[utoipa::path(
     delete, path = "/v1/tenants/{tenant}/workspaces/{workspace}/default-config/{key}", tag = "default-config",
     operation_id = "delete_default_config",
-    params(KeyPath, WaitPreference, write::Condition),
+    params(KeyPath, WaitPreference, write::Condition, IdempotencyKey),
     responses((status = 200, description = "The key that is gone", body = DeletedKey), WriteProblems),
 )]
 pub(crate) async fn delete(
     State(state): State<AppState>,
     locked: Locked<WorkspaceWrite<KeyPath>>,
-) -> Result<Json<DeletedKey>, Problem> {
+) -> Result<Answer, Problem> {
     let (id, key) = (locked.target.path.workspace(), locked.target.path.key.as_str());
-    let done = write::change(&state, &locked, async |conn| {
+    let work = async |conn: &mut AsyncPgConnection| {
         let present = store::present(conn, id, &[key]).await?;
         if present.overridden.contains(key) {
             return Err(Problem::invalid([FieldError::new("key", "is overridden by a context")]).into());
@@ -121,12 +123,14 @@ pub(crate) async fn delete(
             return Err(no_key().into());
         }
         Ok(store::delete(conn, id, &[key]).await?)
-    });
-    let ((), version) = done.await?;
-    Ok(Json(DeletedKey {
-        key: key.to_owned(),
-        version,
-    }))
+    };
+    write::change(&state, &locked, work, |version| {
+        Answer::ok(&DeletedKey {
+            key: key.to_owned(),
+            version,
+        })
+    })
+    .await
 }
 
 /// Change many keys at once
@@ -136,16 +140,16 @@ pub(crate) async fn delete(
 #[utoipa::path(
     post, path = "/v1/tenants/{tenant}/workspaces/{workspace}/default-config/batch", tag = "default-config",
     operation_id = "batch_default_config",
-    params(BatchPath, WaitPreference, write::Condition), request_body = Batch,
+    params(BatchPath, WaitPreference, write::Condition, IdempotencyKey), request_body = Batch,
     responses((status = 200, description = "The version that it made", body = BatchDone), WriteProblems),
 )]
 pub(crate) async fn apply_batch(
     State(state): State<AppState>,
     locked: Locked<WorkspaceWrite<BatchPath>, ApiJson<Batch>>,
-) -> Result<Json<BatchDone>, Problem> {
+) -> Result<Answer, Problem> {
     let id = locked.target.path.workspace();
     let ApiJson(Batch { operations }) = &locked.body;
-    let done = write::change(&state, &locked, async |conn| {
+    let work = async |conn: &mut AsyncPgConnection| {
         let deleted = batch::deleted_keys(operations);
         let present = if deleted.is_empty() {
             batch::Present::default()
@@ -160,10 +164,12 @@ pub(crate) async fn apply_batch(
             store::put_all(conn, id, &plan.puts).await?;
         }
         Ok(())
-    });
-    let ((), version) = done.await?;
-    Ok(Json(BatchDone {
-        version,
-        applied: operations.len(),
-    }))
+    };
+    write::change(&state, &locked, work, |version| {
+        Answer::ok(&BatchDone {
+            version,
+            applied: operations.len(),
+        })
+    })
+    .await
 }

@@ -2,11 +2,12 @@
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
-use leasehold_http::openapi::{ReadProblems, WriteProblems};
-use leasehold_http::{ApiJson, ApiQuery, Code, FieldError, Problem};
+use leasehold_http::openapi::{IdempotencyKey, ReadProblems, WriteProblems};
+use leasehold_http::{ApiJson, ApiQuery, Code, FieldError, NoBody, Problem};
 
+use crate::answer::Answer;
 use crate::auth::{Access, NoTenant, Operate};
+use crate::idempotency::Sent;
 use crate::paging::{Page, PageQuery};
 use crate::state::AppState;
 use crate::tenants::model::{NewTenant, Tenant, TenantPath};
@@ -42,24 +43,21 @@ pub(crate) async fn list(
 /// Needs an admin's key for all tenants.
 #[utoipa::path(
     post, path = "/v1/tenants", tag = "tenants", operation_id = "create_tenant",
-    request_body = NewTenant,
+    params(IdempotencyKey), request_body = NewTenant,
     responses((status = 201, description = "The new tenant", body = Tenant), WriteProblems),
 )]
 pub(crate) async fn create(
     State(state): State<AppState>,
     _: Access<NoTenant, Operate>,
-    ApiJson(new): ApiJson<NewTenant>,
-) -> Result<(StatusCode, Json<Tenant>), Problem> {
-    let made = state
-        .write(async |conn| Ok(store::create(conn, &new).await?))
-        .await;
-    match made? {
-        Some(tenant) => Ok((StatusCode::CREATED, Json(tenant))),
-        None => Err(Problem::new(
-            Code::AlreadyExists,
-            "there is a tenant with that id",
-        )),
-    }
+    Sent { body, once }: Sent<ApiJson<NewTenant>>,
+) -> Result<Answer, Problem> {
+    let ApiJson(new) = body;
+    state
+        .ungated(&once, async |conn| match store::create(conn, &new).await? {
+            Some(tenant) => Answer::created(&tenant),
+            None => Err(Problem::new(Code::AlreadyExists, "there is a tenant with that id").into()),
+        })
+        .await
 }
 
 /// Get a tenant
@@ -82,20 +80,23 @@ pub(crate) async fn get(
 /// Only one that owns nothing; its keys go with it. Needs an admin's key for all tenants.
 #[utoipa::path(
     delete, path = "/v1/tenants/{tenant}", tag = "tenants", operation_id = "delete_tenant",
-    params(TenantPath),
+    params(TenantPath, IdempotencyKey),
     responses((status = 204, description = "It is gone"), WriteProblems),
 )]
 pub(crate) async fn delete(
     State(state): State<AppState>,
     access: Access<TenantPath, Operate>,
-) -> Result<StatusCode, Problem> {
+    Sent { once, .. }: Sent<NoBody>,
+) -> Result<Answer, Problem> {
     let id = access.path.tenant.as_str();
-    let deleted = state.write(async |conn| match store::delete(conn, id).await? {
-        Deleted::Done => Ok(StatusCode::NO_CONTENT),
-        Deleted::OwnsSomething => {
-            Err(Problem::invalid([FieldError::new("tenant", "owns workspaces: delete them first")]).into())
-        }
-        Deleted::NoSuchTenant => Err(no_tenant().into()),
-    });
-    deleted.await
+    state
+        .ungated(&once, async |conn| match store::delete(conn, id).await? {
+            Deleted::Done => Ok(Answer::no_content()),
+            Deleted::OwnsSomething => {
+                let detail = "owns something: purge its data first";
+                Err(Problem::invalid([FieldError::new("tenant", detail)]).into())
+            }
+            Deleted::NoSuchTenant => Err(no_tenant().into()),
+        })
+        .await
 }

@@ -2,9 +2,11 @@
 
 use axum::Json;
 use axum::extract::State;
-use leasehold_http::openapi::{ReadProblems, WaitPreference, WriteProblems};
+use diesel_async::AsyncPgConnection;
+use leasehold_http::openapi::{IdempotencyKey, ReadProblems, WaitPreference, WriteProblems};
 use leasehold_http::{ApiQuery, Locked, Problem};
 
+use crate::answer::Answer;
 use crate::auth::Access;
 use crate::paging::{Page, PageQuery};
 use crate::state::AppState;
@@ -72,20 +74,20 @@ pub(crate) async fn get(
 #[utoipa::path(
     post, path = "/v1/tenants/{tenant}/workspaces/{workspace}/versions/{n}/restore", tag = "versions",
     operation_id = "restore_version",
-    params(VersionPath, WaitPreference, write::Condition),
+    params(VersionPath, WaitPreference, write::Condition, IdempotencyKey),
     responses((status = 200, description = "The version that was made", body = NewVersion), WriteProblems),
 )]
 pub(crate) async fn restore(
     State(state): State<AppState>,
     locked: Locked<WorkspaceWrite<VersionPath>>,
-) -> Result<Json<NewVersion>, Problem> {
+) -> Result<Answer, Problem> {
     let (id, n) = (locked.target.path.workspace(), locked.target.path.n);
-    let done = write::change(&state, &locked, async |conn| {
-        match store::restore(conn, id, n).await? {
-            true => Ok(()),
-            false => Err(no_version().into()),
-        }
-    });
-    let ((), version) = done.await?;
-    Ok(Json(NewVersion { version }))
+    let work = async |conn: &mut AsyncPgConnection| match store::restore(conn, id, n).await? {
+        true => Ok(()),
+        false => Err(no_version().into()),
+    };
+    write::change(&state, &locked, work, |version| {
+        Answer::ok(&NewVersion { version })
+    })
+    .await
 }

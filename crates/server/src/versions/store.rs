@@ -39,6 +39,11 @@ const RECORD: &str = "
             END
         WHERE tenant_id = $1 AND name = $2
         RETURNING version, workspace_lock_fencing_token AS token
+    ), event AS (
+        INSERT INTO leasehold.outbox (tenant_id, type, data)
+        SELECT $1, 'workspace.version_created', jsonb_build_object(
+            'tenant_id', $1, 'workspace', $2, 'version', version, 'operation', $3, 'author', $4)
+        FROM next
     )
     INSERT INTO versions (tenant_id, workspace, version, operation, author, fencing_token, snapshot)
     SELECT $1, $2, next.version, $3, $4, next.token, jsonb_build_object(

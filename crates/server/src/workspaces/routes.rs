@@ -1,13 +1,19 @@
 //! The routes of workspaces and of their locks.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
-use leasehold_domain::HeldLock;
-use leasehold_http::openapi::{ReadProblems, WaitPreference, WriteProblems};
-use leasehold_http::{ApiJson, ApiQuery, Code, LockView, Locked, Problem};
+use axum::http::request::Parts;
+use axum::response::IntoResponse;
+use leasehold_domain::{DistributedLock, HeldLock, LockRequest};
+use leasehold_http::openapi::{IdempotencyKey, ReadProblems, WaitPreference, WriteProblems};
+use leasehold_http::{ApiJson, ApiQuery, Code, Early, LockTarget, LockView, Locked, Problem};
 
+use crate::answer::Answer;
 use crate::auth::{Access, Manage, Write};
+use crate::idempotency::Sent;
 use crate::paging::{Page, PageQuery};
 use crate::state::{AppState, WorkspaceLock, workspace_lock_name};
 use crate::tenants;
@@ -44,24 +50,27 @@ pub(crate) async fn list(
 /// It begins empty, with version 0.
 #[utoipa::path(
     post, path = "/v1/tenants/{tenant}/workspaces", tag = "workspaces", operation_id = "create_workspace",
-    params(TenantPath), request_body = NewWorkspace,
+    params(TenantPath, IdempotencyKey), request_body = NewWorkspace,
     responses((status = 201, description = "The new workspace", body = Workspace), WriteProblems),
 )]
 pub(crate) async fn create(
     State(state): State<AppState>,
     access: Access<TenantPath, Write>,
-    ApiJson(new): ApiJson<NewWorkspace>,
-) -> Result<(StatusCode, Json<Workspace>), Problem> {
-    let tenant = access.path.tenant.as_str();
-    let made = state.write(async |conn| match store::create(conn, tenant, &new).await? {
-        Created::Done(workspace) => Ok(*workspace),
-        Created::NameTaken => {
-            Err(Problem::new(Code::AlreadyExists, "the tenant has a workspace of that name").into())
-        }
-        Created::NoSuchTenant => Err(tenants::routes::no_tenant().into()),
-    });
-    let workspace = made.await?;
-    Ok((StatusCode::CREATED, Json(workspace)))
+    Sent { body, once }: Sent<ApiJson<NewWorkspace>>,
+) -> Result<Answer, Problem> {
+    let (tenant, ApiJson(new)) = (access.path.tenant.as_str(), body);
+    state
+        .gated(&once, &[tenant], async |conn| {
+            match store::create(conn, tenant, &new).await? {
+                Created::Done(workspace) => Answer::created(&workspace),
+                Created::NameTaken => {
+                    let detail = "the tenant has a workspace of that name";
+                    Err(Problem::new(Code::AlreadyExists, detail).into())
+                }
+                Created::NoSuchTenant => Err(tenants::routes::no_tenant().into()),
+            }
+        })
+        .await
 }
 
 /// Get a workspace
@@ -76,37 +85,72 @@ pub(crate) async fn get(
     State(state): State<AppState>,
     access: Access<WorkspacePath>,
 ) -> Result<Json<Workspace>, Problem> {
-    let id = access.path.workspace();
-    let found = state.read(async |conn| Ok(store::get(conn, id).await?)).await?;
-    let mut workspace = found.ok_or_else(store::no_workspace)?;
-    if let WorkspaceLock::Advisory(_) = state.workspace_lock() {
-        // No row knows of it.
-        workspace.workspace_lock = held(&state, id).await?.as_ref().map(LockView::from);
-    }
-    Ok(Json(workspace))
+    current(&state, access.path.workspace()).await.map(Json)
 }
 
 /// Change a workspace's description
 ///
-/// Under the workspace's lock, like every write, but it makes no version.
+/// Under the workspace's lock, like every write, but it makes no version. One that changes nothing takes no lock, and
+/// is not kept for its idempotency key either.
 #[utoipa::path(
     patch, path = "/v1/tenants/{tenant}/workspaces/{workspace}", tag = "workspaces",
     operation_id = "update_workspace",
-    params(WorkspacePath, WaitPreference, write::Condition), request_body = WorkspacePatch,
+    params(WorkspacePath, WaitPreference, write::Condition, IdempotencyKey), request_body = WorkspacePatch,
     responses((status = 200, description = "The workspace as it is now", body = Workspace), WriteProblems),
 )]
 pub(crate) async fn patch(
     State(state): State<AppState>,
-    locked: Locked<WorkspaceWrite<WorkspacePath>, ApiJson<WorkspacePatch>>,
-) -> Result<Json<Workspace>, Problem> {
-    let id = locked.target.path.workspace();
-    let ApiJson(patch) = &locked.body;
-    let done = write::touch(&state, &locked, async |conn| {
-        store::patch(conn, id, patch)
-            .await?
-            .ok_or_else(|| store::no_workspace().into())
-    });
-    Ok(Json(done.await?))
+    locked: Locked<Change, ApiJson<WorkspacePatch>>,
+) -> Result<Answer, Problem> {
+    let Change(write) = &locked.target;
+    let ApiJson(WorkspacePatch { description }) = &locked.body;
+    let description = description.as_ref().and_then(Option::as_deref);
+    write
+        .touch(&state, &locked.guard, async |conn| {
+            let changed = store::patch(conn, write.path.workspace(), description).await?;
+            Answer::ok(&changed.ok_or_else(store::no_workspace)?)
+        })
+        .await
+}
+
+/// A change of a workspace itself: one that changes nothing needs no lock, and is answered before.
+#[derive(Debug)]
+pub(crate) struct Change(WorkspaceWrite<WorkspacePath>);
+
+type Patch = ApiJson<WorkspacePatch>;
+
+impl LockTarget<AppState, Patch> for Change {
+    const CONFLICT: Code = Code::WorkspaceLocked;
+
+    async fn authorize(parts: &mut Parts, state: &AppState) -> Result<Self, Problem> {
+        <WorkspaceWrite<_> as LockTarget<_, Patch>>::authorize(parts, state)
+            .await
+            .map(Self)
+    }
+
+    async fn admit(&self, body: &Patch, state: &AppState) -> Result<(), Early> {
+        let Self(write) = self;
+        write.admit(body, state).await?;
+        let ApiJson(WorkspacePatch { description }) = body;
+        if description.is_some() {
+            return Ok(());
+        }
+        let workspace = current(state, write.path.workspace()).await?;
+        write.admits(workspace.version)?;
+        Err(Early::Answer(Box::new(Json(workspace).into_response())))
+    }
+
+    fn lock(&self, state: &AppState) -> Arc<dyn DistributedLock> {
+        LockTarget::<_, Patch>::lock(&self.0, state)
+    }
+
+    fn request(&self, body: &Patch, state: &AppState) -> Result<LockRequest, Problem> {
+        self.0.request(body, state)
+    }
+
+    fn max_wait(&self, state: &AppState) -> Duration {
+        LockTarget::<_, Patch>::max_wait(&self.0, state)
+    }
 }
 
 /// Delete a workspace
@@ -115,38 +159,40 @@ pub(crate) async fn patch(
 #[utoipa::path(
     delete, path = "/v1/tenants/{tenant}/workspaces/{workspace}", tag = "workspaces",
     operation_id = "delete_workspace",
-    params(WorkspacePath, WaitPreference, write::Condition),
+    params(WorkspacePath, WaitPreference, write::Condition, IdempotencyKey),
     responses((status = 204, description = "It is gone"), WriteProblems),
 )]
 pub(crate) async fn delete(
     State(state): State<AppState>,
     locked: Locked<WorkspaceWrite<WorkspacePath>>,
-) -> Result<StatusCode, Problem> {
-    let id = locked.target.path.workspace();
+) -> Result<Answer, Problem> {
+    let write = &locked.target;
+    let id = write.path.workspace();
     match state.workspace_lock() {
         // The fence of a lease is in the row that goes away, so the statement that removes it is the fence.
         WorkspaceLock::Lease(_) => {
             let lock_id = locked.guard.lock_id().as_uuid();
-            let deleted = state.write(async |conn| {
-                locked.target.check_version(conn).await?;
-                match store::delete(conn, id, Some(lock_id)).await? {
-                    true => Ok(()),
-                    false => Err(Problem::lock_lost().into()),
-                }
-            });
-            deleted.await?;
+            state
+                .gated(&write.once, &[id.tenant], async |conn| {
+                    write.check_version(conn).await?;
+                    match store::delete(conn, id, Some(lock_id)).await? {
+                        true => Ok(Answer::no_content()),
+                        false => Err(Problem::lock_lost().into()),
+                    }
+                })
+                .await
         }
         WorkspaceLock::Advisory(_) => {
-            write::touch(&state, &locked, async |conn| {
-                match store::delete(conn, id, None).await? {
-                    true => Ok(()),
-                    false => Err(store::no_workspace().into()),
-                }
-            })
-            .await?;
+            write
+                .touch(&state, &locked.guard, async |conn| {
+                    match store::delete(conn, id, None).await? {
+                        true => Ok(Answer::no_content()),
+                        false => Err(store::no_workspace().into()),
+                    }
+                })
+                .await
         }
     }
-    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Get the lock of a workspace
@@ -192,6 +238,17 @@ pub(crate) async fn force_release(
     let ended = ended.ok_or_else(no_lock)?;
     tracing::warn!(lock = %name, by, reason = force.reason, lock_id = ?ended.lock_id, "a lock was taken away");
     Ok(Json(LockView::from(&ended)))
+}
+
+/// The workspace with its lock.
+async fn current(state: &AppState, id: WorkspaceId<'_>) -> Result<Workspace, Problem> {
+    let found = state.read(async |conn| Ok(store::get(conn, id).await?)).await?;
+    let mut workspace = found.ok_or_else(store::no_workspace)?;
+    if let WorkspaceLock::Advisory(_) = state.workspace_lock() {
+        // No row knows of it.
+        workspace.workspace_lock = held(state, id).await?.as_ref().map(LockView::from);
+    }
+    Ok(workspace)
 }
 
 async fn held(state: &AppState, id: WorkspaceId<'_>) -> Result<Option<HeldLock>, Problem> {

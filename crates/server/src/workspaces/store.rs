@@ -10,7 +10,7 @@ use leasehold_storage::Prepared;
 use uuid::Uuid;
 
 use crate::failure::Failure;
-use crate::workspaces::model::{NewWorkspace, Workspace, WorkspaceId, WorkspacePatch};
+use crate::workspaces::model::{NewWorkspace, Workspace, WorkspaceId};
 
 /// 404, as whoever looks for a workspace is told it.
 pub(crate) fn no_workspace() -> Problem {
@@ -81,11 +81,33 @@ macro_rules! columns {
     };
 }
 
-const CREATE: &str = concat!(
+/// A statement that writes one workspace, and the event that tells of it.
+macro_rules! with_event {
+    ($type:literal, $write:literal) => {
+        concat!(
+            "WITH written AS (",
+            $write,
+            " RETURNING ",
+            columns!(),
+            "), event AS (
+                 INSERT INTO leasehold.outbox (tenant_id, type, data)
+                 SELECT tenant_id, '",
+            $type,
+            "', jsonb_build_object(
+                     'tenant_id', tenant_id, 'workspace', name, 'description', description)
+                 FROM written
+             )
+             SELECT false AS locked, ",
+            columns!(),
+            " FROM written"
+        )
+    };
+}
+
+const CREATE: &str = with_event!(
+    "workspace.created",
     "INSERT INTO workspaces (tenant_id, name, description) VALUES ($1, $2, $3)
-     ON CONFLICT (tenant_id, name) DO NOTHING
-     RETURNING false AS locked, ",
-    columns!()
+     ON CONFLICT (tenant_id, name) DO NOTHING"
 );
 
 /// What became of a workspace that was to be made.
@@ -172,26 +194,22 @@ pub(crate) async fn must_exist(conn: &mut AsyncPgConnection, id: WorkspaceId<'_>
 }
 
 // The lock is the caller's own: it is about to be released.
-const PATCH: &str = concat!(
-    "UPDATE workspaces
-     SET description = CASE WHEN $3 THEN $4 ELSE description END,
-         updated_at = CASE WHEN $3 THEN clock_timestamp() ELSE updated_at END
-     WHERE tenant_id = $1 AND name = $2
-     RETURNING false AS locked, ",
-    columns!()
+const PATCH: &str = with_event!(
+    "workspace.updated",
+    "UPDATE workspaces SET description = $3, updated_at = clock_timestamp()
+     WHERE tenant_id = $1 AND name = $2"
 );
 
 /// Changes the description. It locks the workspace's row: nothing comes after it.
 pub(crate) async fn patch(
     conn: &mut AsyncPgConnection,
     id: WorkspaceId<'_>,
-    patch: &WorkspacePatch,
+    description: Option<&str>,
 ) -> QueryResult<Option<Workspace>> {
     let update = diesel::sql_query(PATCH)
         .bind::<Text, _>(id.tenant)
         .bind::<Text, _>(id.name)
-        .bind::<Bool, _>(patch.description.is_some())
-        .bind::<Nullable<Text>, _>(patch.description.clone().flatten());
+        .bind::<Nullable<Text>, _>(description);
     let row: Option<WorkspaceRow> = Prepared(update).get_result(conn).await.optional()?;
     Ok(row.map(Workspace::from))
 }
@@ -212,6 +230,9 @@ const DELETE: &str = "
         RETURNING workspace_lock_fencing_token AS token
     ), raised AS MATERIALIZED (
         SELECT leasehold.raise_token_floor(token) FROM gone
+    ), event AS (
+        INSERT INTO leasehold.outbox (tenant_id, type, data)
+        SELECT $1, 'workspace.deleted', jsonb_build_object('tenant_id', $1, 'workspace', $2) FROM gone
     )
     SELECT count(*) AS deleted FROM raised";
 

@@ -1,8 +1,9 @@
 //! [`WorkspaceWrite`]: what every write of a workspace has in common.
 //!
-//! A handler takes [`Locked`]`<WorkspaceWrite<Path>, Body>`, which authenticates, reads and checks, and only then
-//! locks; then it runs its statements by [`change`] (which makes the version) or [`touch`] (which makes none).
-//! Both commit only while the lock is still ours, and release it with the commit.
+//! A handler takes [`Locked`]`<WorkspaceWrite<Path>, Body>`, which authenticates, reads and checks, looks whether it was
+//! done before, and only then locks; then it runs its statements by [`change`] (which makes the version) or
+//! [`WorkspaceWrite::touch`] (which makes none). Both enter the tenant's gate first, commit only while the lock is still
+//! ours, and release it with the commit.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,14 +12,16 @@ use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use diesel_async::AsyncPgConnection;
-use leasehold_domain::{DistributedLock, Durability, Holder, LockRequest};
-use leasehold_http::{Code, LockTarget, Locked, Problem};
+use leasehold_domain::{DistributedLock, Durability, Holder, LockGuard, LockRequest};
+use leasehold_http::{Code, Early, LockTarget, Locked, Problem};
 use serde::de::DeserializeOwned;
 use utoipa::IntoParams;
 
+use crate::answer::Answer;
 use crate::auth::{Access, Identity, Write};
 use crate::config::WorkspaceLockMode;
 use crate::failure::Failure;
+use crate::idempotency::Once;
 use crate::state::{AppState, workspace_lock_name};
 use crate::versions;
 use crate::workspaces::model::InWorkspace;
@@ -29,6 +32,8 @@ use crate::workspaces::store;
 pub(crate) struct WorkspaceWrite<P> {
     /// Where.
     pub(crate) path: P,
+    /// What is known of its idempotency key.
+    pub(crate) once: Once,
     caller: Identity,
     if_match: Option<IfMatch>,
     operation: String,
@@ -46,10 +51,15 @@ where
         let if_match = IfMatch::of(&parts.headers)?;
         Ok(Self {
             path,
+            once: Once::of(parts, &caller)?,
             caller,
             if_match,
             operation: operation(parts),
         })
+    }
+
+    async fn admit(&self, _: &B, state: &AppState) -> Result<(), Early> {
+        self.once.look(state).await
     }
 
     fn lock(&self, state: &AppState) -> Arc<dyn DistributedLock> {
@@ -88,68 +98,74 @@ fn operation(parts: &Parts) -> String {
     text
 }
 
-/// Runs the statements of a write and makes the version that it results in, whose number is the second part of
-/// the answer. Whatever fails, nothing was written.
-pub(crate) async fn change<P, B, T, W>(
+/// Runs the statements of a write and makes the version that it results in, which `answer` tells of. Whatever fails,
+/// nothing was written.
+pub(crate) async fn change<P, B, W>(
     state: &AppState,
     locked: &Locked<WorkspaceWrite<P>, B>,
     work: W,
-) -> Result<(T, i64), Problem>
+    answer: impl FnOnce(i64) -> Result<Answer, Failure>,
+) -> Result<Answer, Problem>
 where
     P: InWorkspace,
-    W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, Failure>,
+    W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<(), Failure>,
 {
-    let (write, guard) = (&locked.target, &locked.guard);
+    let write = &locked.target;
     let id = write.path.workspace();
     let entry = versions::store::Entry {
         operation: &write.operation,
         author: &write.caller.subject,
         raises_token: state.settings().lock_mode == WorkspaceLockMode::Advisory,
     };
-    state
-        .write_under(guard, async |conn| {
-            write.check_version(conn).await?;
-            let done = work(conn).await?;
-            let version = versions::store::record(conn, id, &entry)
-                .await?
-                .ok_or_else(store::no_workspace)?;
-            Ok((done, version))
-        })
-        .await
-}
-
-/// Runs the statements of a write that makes no version.
-pub(crate) async fn touch<P, B, T, W>(
-    state: &AppState,
-    locked: &Locked<WorkspaceWrite<P>, B>,
-    work: W,
-) -> Result<T, Problem>
-where
-    P: InWorkspace,
-    W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, Failure>,
-{
-    state
-        .write_under(&locked.guard, async |conn| {
-            locked.target.check_version(conn).await?;
-            work(conn).await
+    write
+        .touch(state, &locked.guard, async |conn| {
+            work(conn).await?;
+            let version = versions::store::record(conn, id, &entry).await?;
+            answer(version.ok_or_else(store::no_workspace)?)
         })
         .await
 }
 
 impl<P: InWorkspace> WorkspaceWrite<P> {
+    /// Runs the statements of a write that makes no version.
+    pub(crate) async fn touch<W>(
+        &self,
+        state: &AppState,
+        guard: &LockGuard,
+        work: W,
+    ) -> Result<Answer, Problem>
+    where
+        W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<Answer, Failure>,
+    {
+        let tenant = self.path.workspace().tenant;
+        state
+            .write_under(guard, &self.once, tenant, async |conn| {
+                self.check_version(conn).await?;
+                work(conn).await
+            })
+            .await
+    }
+
     /// Under the lock, so that what is compared cannot change before the commit.
     pub(crate) async fn check_version(&self, conn: &mut AsyncPgConnection) -> Result<(), Failure> {
-        let Some(if_match) = &self.if_match else {
+        if self.if_match.is_none() {
             return Ok(());
-        };
+        }
         let current = store::version(conn, self.path.workspace())
             .await?
             .ok_or_else(store::no_workspace)?;
-        if if_match.admits(current) {
-            return Ok(());
+        Ok(self.admits(current)?)
+    }
+
+    /// 412 when the write is meant for another version.
+    pub(crate) fn admits(&self, current: i64) -> Result<(), Problem> {
+        match &self.if_match {
+            Some(if_match) if !if_match.admits(current) => Err(Problem::new(
+                Code::VersionMismatch,
+                format!("the current version is {current}"),
+            )),
+            _ => Ok(()),
         }
-        let detail = format!("the current version is {current}");
-        Err(Problem::new(Code::VersionMismatch, detail).into())
     }
 }
 

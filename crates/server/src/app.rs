@@ -14,7 +14,9 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use crate::idempotency::take_fingerprint;
 use crate::state::AppState;
-use crate::{contexts, default_config, service, tenants, versions, workspaces};
+use crate::{
+    contexts, default_config, feedback_records, service, tenants, versions, webhooks, workspaces,
+};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -33,6 +35,8 @@ use crate::{contexts, default_config, service, tenants, versions, workspaces};
         (name = "contexts", description = "What overrides the default values"),
         (name = "config", description = "What comes out: never locked"),
         (name = "versions", description = "What was written, and the way back"),
+        (name = "feedback-records", description = "What users have said: owned by a tenant, erased by user"),
+        (name = "webhooks", description = "Where events are sent"),
         (name = "service", description = "What the service says of itself: no credentials needed"),
     ),
 )]
@@ -42,6 +46,7 @@ fn routes() -> OpenApiRouter<AppState> {
     OpenApiRouter::with_openapi(ApiDoc::openapi())
         .routes(routes!(tenants::routes::list, tenants::routes::create))
         .routes(routes!(tenants::routes::get, tenants::routes::delete))
+        .routes(routes!(tenants::purge::purge))
         .routes(routes!(workspaces::routes::list, workspaces::routes::create))
         .routes(routes!(
             workspaces::routes::get,
@@ -73,6 +78,22 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(versions::routes::list))
         .routes(routes!(versions::routes::get))
         .routes(routes!(versions::routes::restore))
+        .routes(routes!(
+            feedback_records::routes::list,
+            feedback_records::routes::create,
+            feedback_records::routes::erase
+        ))
+        .routes(routes!(
+            feedback_records::routes::get,
+            feedback_records::routes::patch,
+            feedback_records::routes::delete
+        ))
+        .routes(routes!(webhooks::routes::list, webhooks::routes::create))
+        .routes(routes!(
+            webhooks::routes::get,
+            webhooks::routes::patch,
+            webhooks::routes::delete
+        ))
         .routes(routes!(service::health))
         .routes(routes!(service::ready))
         .routes(routes!(service::problem))

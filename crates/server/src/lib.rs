@@ -12,6 +12,7 @@ pub mod contexts;
 pub mod default_config;
 mod demo;
 mod failure;
+pub mod feedback_records;
 mod idempotency;
 pub mod mode;
 pub mod names;
@@ -23,6 +24,7 @@ mod telemetry;
 pub mod tenants;
 pub mod versions;
 pub mod waiters;
+pub mod webhooks;
 mod work;
 pub mod workspaces;
 

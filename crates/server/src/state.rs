@@ -26,6 +26,8 @@ pub struct Settings {
     pub batch_hold: Duration,
     /// The longest that a request may wait for a lock.
     pub max_wait: Duration,
+    /// How long the removal of a tenant's data waits for writes that are under way: 1 ms to 1 hour.
+    pub purge_wait: Duration,
     /// How many requests may wait.
     pub waiters: Limits,
     /// Whether only this machine can reach the service: then keys for the first look are accepted.
@@ -43,6 +45,7 @@ impl Settings {
             write_hold: config.workspace_lock_default_ttl_ms.0,
             batch_hold: config.workspace_lock_batch_ttl_ms.0,
             max_wait: config.lock_max_wait_ms.0,
+            purge_wait: config.tenant_purge_lock_timeout(),
             waiters: Limits {
                 total: config.lock_max_waiters,
                 per_tenant: config.lock_max_waiters_per_tenant,

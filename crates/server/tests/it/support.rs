@@ -229,6 +229,7 @@ pub(crate) fn settings(mode: WorkspaceLockMode) -> Settings {
         write_hold: Duration::from_secs(60),
         batch_hold: Duration::from_secs(1200),
         max_wait: Duration::from_secs(30),
+        purge_wait: Duration::from_secs(5),
         waiters: Limits {
             total: 10_000,
             per_tenant: 1_000,

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio_postgres::Client;
 
 use crate::in_both_modes;
-use crate::support::{Answer, Api, MAIN, eventually, settings};
+use crate::support::{Answer, Api, MAIN, eventually, settings, workspace_writes};
 
 in_both_modes!(
     the_order_of_answers_while_locked,
@@ -103,27 +103,6 @@ async fn every_write_is_refused_and_told_the_holder(api: Api) {
         .await
         .is(200);
     let guard = api.hold("acme", "main").await;
-    let context = json!({"condition": {}, "overrides": {}});
-    let id = "00000000-0000-0000-0000-000000000000";
-    let writes = [
-        (Method::PATCH, MAIN.to_owned(), Some(json!({"description": "x"}))),
-        (Method::DELETE, MAIN.to_owned(), None),
-        (
-            Method::PUT,
-            format!("{MAIN}/default-config/a"),
-            Some(json!({"value": 1})),
-        ),
-        (Method::DELETE, format!("{MAIN}/default-config/a"), None),
-        (
-            Method::POST,
-            format!("{MAIN}/default-config/batch"),
-            Some(json!({"operations": [{"op": "put", "key": "a", "value": 1}]})),
-        ),
-        (Method::POST, format!("{MAIN}/contexts"), Some(context.clone())),
-        (Method::PUT, format!("{MAIN}/contexts/{id}"), Some(context)),
-        (Method::DELETE, format!("{MAIN}/contexts/{id}"), None),
-        (Method::POST, format!("{MAIN}/versions/1/restore"), None),
-    ];
     let is_holder = |lock: &Value| {
         assert_eq!(lock["lock_id"], guard.lock_id().to_string(), "{lock:#}");
         assert_eq!(
@@ -138,7 +117,7 @@ async fn every_write_is_refused_and_told_the_holder(api: Api) {
             "{lock:#}"
         );
     };
-    for (method, path, body) in writes {
+    for (method, path, body) in workspace_writes() {
         let answer = api
             .send(method.clone(), &path, &[], body.map(|body| body.to_string()))
             .await;
@@ -371,13 +350,17 @@ async fn a_refused_write_leaves_nothing_behind(api: Api) {
 }
 
 /// A write that has its lock and cannot go on, because somebody else has the table that it writes to.
-struct Stuck {
+pub(crate) struct Stuck {
     write: tokio::task::JoinHandle<Answer>,
     in_the_way: Client,
 }
 
 impl Stuck {
     async fn start(api: &Arc<Api>) -> Self {
+        Self::start_with(api, &[]).await
+    }
+
+    pub(crate) async fn start_with(api: &Arc<Api>, headers: &'static [(&str, &str)]) -> Self {
         let in_the_way = api.client().await;
         in_the_way
             .batch_execute("BEGIN; LOCK TABLE default_config IN EXCLUSIVE MODE")
@@ -385,9 +368,8 @@ impl Stuck {
             .unwrap();
         let writer = api.clone();
         let write = tokio::spawn(async move {
-            writer
-                .put(&format!("{MAIN}/default-config/a"), json!({"value": 1}))
-                .await
+            let (path, body) = (format!("{MAIN}/default-config/a"), json!({"value": 1}).to_string());
+            writer.send(Method::PUT, &path, headers, Some(body)).await
         });
         let waits =
             "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'default_config'::regclass";
@@ -399,7 +381,7 @@ impl Stuck {
         Self { write, in_the_way }
     }
 
-    async fn let_go(self) -> Answer {
+    pub(crate) async fn let_go(self) -> Answer {
         self.in_the_way.batch_execute("COMMIT").await.unwrap();
         self.write.await.unwrap()
     }

@@ -6,6 +6,7 @@ mod auth;
 mod command;
 mod crud;
 mod document;
+mod idempotency;
 mod locking;
 mod support;
 

@@ -153,10 +153,11 @@ impl Api {
         let (parts, body) = response.into_parts();
         let bytes = body.collect().await.unwrap().to_bytes();
         let text = String::from_utf8(bytes.to_vec()).unwrap();
-        let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
+        let body = serde_json::from_str(&text).unwrap_or_else(|_| Value::String(text.clone()));
         Answer {
             status: parts.status.as_u16(),
             headers: parts.headers,
+            text,
             body,
         }
     }
@@ -188,6 +189,8 @@ impl Api {
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: HeaderMap,
+    /// The body as it came.
+    pub(crate) text: String,
     pub(crate) body: Value,
 }
 
@@ -237,6 +240,25 @@ pub(crate) fn settings(mode: WorkspaceLockMode) -> Settings {
         on_loopback: true,
         instance: "test".to_owned(),
     }
+}
+
+/// One write of each kind in the workspace `main` of `acme`. They need not succeed: what they name may not exist.
+pub(crate) fn workspace_writes() -> Vec<(Method, String, Option<Value>)> {
+    let id = "00000000-0000-0000-0000-000000000000";
+    let batch = json!({"operations": [{"op": "put", "key": "a", "value": 1}]});
+    let context = json!({"condition": {}, "overrides": {}});
+    let key = format!("{MAIN}/default-config/a");
+    vec![
+        (Method::PATCH, MAIN.to_owned(), Some(json!({"description": "x"}))),
+        (Method::DELETE, MAIN.to_owned(), None),
+        (Method::PUT, key.clone(), Some(json!({"value": 1}))),
+        (Method::DELETE, key, None),
+        (Method::POST, format!("{MAIN}/default-config/batch"), Some(batch)),
+        (Method::POST, format!("{MAIN}/contexts"), Some(context.clone())),
+        (Method::PUT, format!("{MAIN}/contexts/{id}"), Some(context)),
+        (Method::DELETE, format!("{MAIN}/contexts/{id}"), None),
+        (Method::POST, format!("{MAIN}/versions/1/restore"), None),
+    ]
 }
 
 /// Looks until it is so.

@@ -25,61 +25,67 @@ BEGIN
         outcome := 'drained';
     -- A statement_timeout that is shorter strikes first, as the other of the two.
     EXCEPTION WHEN lock_not_available OR query_canceled THEN
-        -- A timeout may race with the grant: whether it is ours is for the server to say.
-        SELECT CASE
-                   WHEN bool_or(pid = pg_backend_pid()) THEN 'drained'
-                   WHEN count(*) > 0 THEN 'purge_in_progress'
-                   ELSE 'writes_in_progress'
-               END
-        INTO outcome
-        FROM pg_locks
-        WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND objsubid = 1
-          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-          AND (classid::bigint << 32) | objid::bigint = gate;
+        -- Whatever was granted in the same moment is given back with this block, so a refusal leaves nothing. Whether
+        -- the gate is free by now is for the server to say.
+        outcome := CASE
+            WHEN pg_try_advisory_xact_lock(gate) THEN 'drained'
+            WHEN EXISTS (
+                SELECT FROM pg_locks
+                WHERE locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND objsubid = 1
+                  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                  AND (classid::bigint << 32) | objid::bigint = gate
+            ) THEN 'purge_in_progress'
+            ELSE 'writes_in_progress'
+        END;
     END;
     PERFORM set_config('lock_timeout', previous, true);
     RETURN outcome;
 END
 $$;
 
--- Refuses a write whose tenant is being drained; see leasehold.gate_table.
-CREATE FUNCTION leasehold.refuse_write() RETURNS TRIGGER
-LANGUAGE plpgsql AS $$
-BEGIN
-    RAISE EXCEPTION 'the tenant takes no writes: its data is being removed'
-        USING ERRCODE = 'lock_not_available',
-              TABLE = TG_TABLE_NAME, SCHEMA = TG_TABLE_SCHEMA,
-              HINT = 'Write again when the removal is over.';
-END
-$$;
-
--- Makes every write of a table take the gate of its row's tenant, whoever writes: a program that knows nothing of the
--- gate waits for nobody either, but a drain waits for it, and it is refused while a drain has the tenant or waits.
+-- Makes every write of a table take the gate of its row's tenant before anything else, whoever writes: a program that
+-- knows nothing of the gate waits for nobody either, but a drain waits for it, and it is refused while a drain has the
+-- tenant or waits. A row that moves takes two. TRUNCATE has no rows and passes.
 -- `watched` are the columns whose change is a write of the tenant: all of them when it is NULL.
 CREATE FUNCTION leasehold.gate_table(target REGCLASS, tenant_column NAME, watched NAME[] DEFAULT NULL) RETURNS VOID
 LANGUAGE plpgsql AS $$
 DECLARE
-    -- Written out, because a function in SQL would be planned again by each statement.
-    refused CONSTANT TEXT := 'NOT pg_try_advisory_xact_lock_shared(hashtextextended('
-        || '''tenant_write|'' || octet_length(%1$s)::text || '':'' || %1$s, 0))';
     changed TEXT := 'UPDATE';
+    -- The key is written out for roles that may not use the schema leasehold.
+    closed CONSTANT TEXT := format(
+        'NOT pg_try_advisory_xact_lock_shared(hashtextextended('
+            || '''tenant_write|'' || octet_length(%1$s) || '':'' || %1$s, 0))',
+        '%1$s.' || quote_ident(tenant_column));
+    gate CONSTANT TEXT := format('leasehold.%I', 'gate_by_' || tenant_column);
 BEGIN
     IF watched IS NOT NULL THEN
-        changed := 'UPDATE OF ' || (SELECT string_agg(quote_ident(name), ', ') FROM unnest(watched) AS name);
+        SELECT 'UPDATE OF ' || string_agg(quote_ident(name), ', ') INTO changed
+        FROM (SELECT tenant_column UNION SELECT unnest(watched)) AS columns (name);
     END IF;
+    -- One for all tables whose column is called so. As the condition of a trigger the same would be parsed and planned
+    -- again by each statement. Of OLD and NEW, the one that there is none of is NULL.
     EXECUTE format(
-        'CREATE TRIGGER leasehold_gate_insert BEFORE INSERT ON %s FOR EACH ROW WHEN (%s) '
-            || 'EXECUTE FUNCTION leasehold.refuse_write()',
-        target, format(refused, 'NEW.' || quote_ident(tenant_column)));
+        $gate$
+        CREATE OR REPLACE FUNCTION %s() RETURNS TRIGGER
+        LANGUAGE plpgsql AS $body$
+        BEGIN
+            IF %s OR %s THEN
+                RAISE EXCEPTION 'the tenant takes no writes: its data is being removed'
+                    USING ERRCODE = 'lock_not_available',
+                          TABLE = TG_TABLE_NAME, SCHEMA = TG_TABLE_SCHEMA,
+                          HINT = 'Write again when the removal is over.';
+            END IF;
+            IF TG_OP = 'DELETE' THEN
+                RETURN OLD;
+            END IF;
+            RETURN NEW;
+        END
+        $body$
+        $gate$,
+        gate, format(closed, 'NEW'), format(closed, 'OLD'));
     EXECUTE format(
-        'CREATE TRIGGER leasehold_gate_update BEFORE %s ON %s FOR EACH ROW WHEN (%s OR %s) '
-            || 'EXECUTE FUNCTION leasehold.refuse_write()',
-        changed, target,
-        format(refused, 'OLD.' || quote_ident(tenant_column)), format(refused, 'NEW.' || quote_ident(tenant_column)));
-    EXECUTE format(
-        'CREATE TRIGGER leasehold_gate_delete BEFORE DELETE ON %s FOR EACH ROW WHEN (%s) '
-            || 'EXECUTE FUNCTION leasehold.refuse_write()',
-        target, format(refused, 'OLD.' || quote_ident(tenant_column)));
+        'CREATE TRIGGER leasehold_gate BEFORE INSERT OR DELETE OR %s ON %s FOR EACH ROW EXECUTE FUNCTION %s()',
+        changed, target, gate);
 END
 $$;
 

@@ -1,5 +1,6 @@
 //! [`TenantGate`]: how writers pass.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use diesel::QueryableByName;
@@ -7,7 +8,7 @@ use diesel::expression::{AsExpression, SqlLiteral, UncheckedBind};
 use diesel::pg::sql_types::Array;
 use diesel::sql_types::{BigInt, Bool, Nullable, Text};
 use diesel_async::{AnsiTransactionManager, AsyncPgConnection, RunQueryDsl, TransactionManager};
-use leasehold_domain::{Invalid, TenantConflict, TenantConflictReason, Unavailable};
+use leasehold_domain::{Invalid, TenantConflict, TenantConflictReason};
 
 use crate::advisory::AdvisoryKey;
 use crate::advisory::compat;
@@ -109,8 +110,8 @@ impl TenantGate {
     /// whatever their number.
     ///
     /// # Errors
-    /// [`EnterError`]; invalid also outside of a transaction, where the gate would be left at once, and above READ
-    /// COMMITTED, where the transaction may not see what a drain before it did.
+    /// [`EnterError`]; invalid also outside of a transaction, where the gate would be left at once, inside of a savepoint,
+    /// with which it may be left, and above READ COMMITTED, where the transaction may not see what a drain before it did.
     ///
     /// # Cancel safety
     /// The gates may be entered: roll back.
@@ -148,22 +149,20 @@ impl TenantGate {
         key_of(tenant)
     }
 
-    /// Whether a write of the tenant would be let through now. One round trip.
-    ///
-    /// # Errors
-    /// [`Unavailable`] when the database cannot be asked.
+    /// The conflict that a write of the tenant would meet now, if any. One round trip. Who cannot be told is not held up:
+    /// the write itself asks again.
     ///
     /// # Cancel safety
     /// Nothing is left behind.
-    pub(super) async fn is_open(&self, tenant: &str) -> Result<bool, Unavailable> {
-        let Ok(key) = key_of(tenant) else { return Ok(true) };
-        let row = self.process.pool.run(async |conn| {
+    pub(crate) async fn conflict(&self, tenant: &str) -> Option<TenantConflict> {
+        let key = key_of(tenant).ok()?;
+        let open = self.process.pool.run(async |conn| {
             let ask = diesel::sql_query("SELECT pg_try_advisory_xact_lock_shared($1) AS open")
                 .bind::<BigInt, _>(key);
             let row: Open = Prepared(ask).get_result(conn).await?;
-            Ok::<_, StorageError>(row)
+            Ok::<_, StorageError>(row.open)
         });
-        Ok(row.await?.open)
+        matches!(open.await, Ok(false)).then(|| refused_at(tenant))
     }
 }
 
@@ -235,8 +234,11 @@ impl Gates {
             .transaction_depth()
             .ok()
             .flatten();
-        if depth.is_none() {
-            return Err(Invalid::new("transaction", "a gate is entered inside of one").into());
+        match depth.map(NonZeroU32::get) {
+            Some(1) => {}
+            None => return Err(Invalid::new("transaction", "a gate is entered inside of one").into()),
+            // With the savepoint the gate would be left, and the transaction go on.
+            Some(_) => return Err(Invalid::new("transaction", "a gate is entered outside of savepoints").into()),
         }
         let keys: Vec<i64> = self.tenants.iter().map(|(key, _)| *key).collect();
         let statement = if cfg!(debug_assertions) {

@@ -9,7 +9,7 @@ use leasehold_domain::{
     ReleaseError, Released, ResumeError, Unavailable,
 };
 
-use super::gate::{TenantGate, refused_at};
+use super::gate::TenantGate;
 
 /// The tenant behind whose gate a name stands, if any.
 pub type TenantOf = fn(&LockName) -> Option<&str>;
@@ -37,10 +37,10 @@ impl<L> Gated<L> {
         let Some(contention) = refused.contention() else {
             return refused;
         };
-        match (self.tenant_of)(&contention.name) {
-            Some(tenant) if matches!(self.gate.is_open(tenant).await, Ok(false)) => refused_at(tenant).into(),
-            _ => refused,
-        }
+        let Some(tenant) = (self.tenant_of)(&contention.name) else {
+            return refused;
+        };
+        self.gate.conflict(tenant).await.map_or(refused, AcquireError::from)
     }
 }
 

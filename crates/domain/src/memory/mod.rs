@@ -2,6 +2,8 @@
 
 mod clock;
 mod lock;
+mod queue;
 
 pub use clock::MemoryClock;
 pub use lock::MemoryLock;
+pub use queue::MemoryQueue;

@@ -7,6 +7,8 @@ use std::time::Duration;
 use crate::advisory::session::PgSessionLock;
 use crate::advisory::transaction::PgTransactionLock;
 use crate::connect::ConnectOptions;
+use crate::jobs::control::Jobs;
+use crate::jobs::scheduler::JobScheduler;
 use crate::lease::row::{PgLeaseLock, RowLease};
 use crate::lease::table::LeaseTable;
 use crate::pool::Pool;
@@ -23,6 +25,7 @@ use crate::tenant::TenantGate;
 pub struct Database {
     pub(crate) process: Arc<Process>,
     leases: Arc<LeaseTable>,
+    jobs: Arc<LeaseTable>,
 }
 
 impl Database {
@@ -42,6 +45,7 @@ impl Database {
         Ok(Self {
             process,
             leases: Arc::new(LeaseTable::own()),
+            jobs: Arc::new(LeaseTable::jobs()),
         })
     }
 
@@ -79,6 +83,16 @@ impl Database {
     /// The gates of tenants, which many writers share and one drain has alone.
     pub fn tenant_gate(&self) -> TenantGate {
         TenantGate::new(Arc::clone(&self.process))
+    }
+
+    /// Jobs that run once a slot, to look at and to intervene in.
+    pub fn jobs(&self) -> Jobs {
+        Jobs::new(Arc::clone(&self.process))
+    }
+
+    /// Runs jobs once a slot, together with other processes. `holder` names this process in their history.
+    pub fn job_scheduler(&self, holder: &str) -> JobScheduler {
+        JobScheduler::new(Arc::clone(&self.process), Arc::clone(&self.jobs), holder)
     }
 
     /// Gives back all leases, and ends the background thread once that and everything that guards were dropped with

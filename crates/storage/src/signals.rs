@@ -21,6 +21,8 @@ use crate::keeper::Keeper;
 
 const WAIT_CHANNEL: &str = "leasehold_wait";
 const FREE_CHANNEL: &str = "leasehold_free";
+/// A job may be due sooner than its schedule says. Sent by the statements that make it so.
+const JOBS_CHANNEL: &str = "leasehold_jobs";
 
 /// A wait that was announced is answered when the name is released within this time after, or was within this
 /// time before.
@@ -45,6 +47,7 @@ pub(crate) struct Signals {
 #[derive(Debug, Default)]
 struct State {
     names: Mutex<Names>,
+    jobs: watch::Sender<()>,
 }
 
 #[derive(Debug)]
@@ -152,6 +155,11 @@ impl Signals {
         self.state.names().wanted.has(key)
     }
 
+    /// Changes when a job may be due sooner than its schedule says.
+    pub(crate) fn jobs(&self) -> watch::Receiver<()> {
+        self.state.jobs.subscribe()
+    }
+
     /// Tells other processes that this one waits for a name, and hears when one of them frees it. Try again
     /// after this returns: a release before it was not heard.
     pub(crate) async fn wait_for(&self, key: i64) -> Subscription {
@@ -247,12 +255,16 @@ async fn listen(
         drop(ended);
     });
     client
-        .batch_execute(&format!("LISTEN {WAIT_CHANNEL}; LISTEN {FREE_CHANNEL}"))
+        .batch_execute(&format!("LISTEN {WAIT_CHANNEL}; LISTEN {FREE_CHANNEL}; LISTEN {JOBS_CHANNEL}"))
         .await?;
     let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await?.get(0);
     let (state, replies) = (Arc::clone(state), Arc::downgrade(&client));
     tokio::spawn(async move {
         while let Some(notification) = notifications.recv().await {
+            if notification.channel() == JOBS_CHANNEL {
+                state.jobs.send_replace(());
+                continue;
+            }
             let Ok(key) = notification.payload().parse() else {
                 continue;
             };

@@ -239,7 +239,7 @@ impl RowLease {
         clippy::too_many_arguments,
         reason = "the facts of a grant, each from another place"
     )]
-    fn guard(
+    pub(crate) fn guard(
         &self,
         request: &LockRequest,
         keys: &[String],

@@ -262,6 +262,22 @@ impl LeaseTable {
         Self::write(Naming::Encoded, "leasehold.leases", &columns, true)
     }
 
+    /// `leasehold.jobs`: the run of a job is a lease in the job's row.
+    pub(crate) fn jobs() -> Self {
+        let column = |name: &str| format!("\"{name}\"");
+        let columns = Columns {
+            id: column("run_id"),
+            operation: column("run_operation"),
+            by: column("run_by"),
+            acquired_at: column("run_acquired_at"),
+            expires_at: column("run_expires_at"),
+            token: column("run_fencing_token"),
+            keys: vec![(column("name"), KeyType::Text)],
+        };
+        let fixed = crate::jobs::FIXED_PART.to_owned();
+        Self::write(Naming::Parts { fixed }, "leasehold.jobs", &columns, false)
+    }
+
     /// The values of the key columns for a name, in their order, as texts that the statements can cast.
     ///
     /// # Errors

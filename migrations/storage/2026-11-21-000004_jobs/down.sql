@@ -1,0 +1,1 @@
+DROP TABLE leasehold.job_runs, leasehold.jobs;

@@ -1,4 +1,5 @@
-//! The clauses that every [`DistributedLock`](leasehold_domain::DistributedLock) must pass.
+//! The clauses that every [`DistributedLock`](leasehold_domain::DistributedLock) must pass, and those of every
+//! [`WorkQueue`](leasehold_domain::WorkQueue).
 //!
 //! A backend says in a [`Provider`] how its locks are made and how they are broken, and one line turns every
 //! clause into a `#[tokio::test]` of its own name:
@@ -24,6 +25,8 @@
 //! * **a look from behind**: [`Provider::residue`] tells what the backend still keeps. It must be nothing after
 //!   every clause.
 //!
+//! Queues have a [`QueueProvider`] and the line `queue_conformance!`, in the same way.
+//!
 //! Clauses wait for states with a generous cap and never for time to pass, but where the passing of time is what
 //! they are about; then it is [`Provider::pass`], one second at most in real time.
 
@@ -37,10 +40,13 @@ pub mod clauses;
 mod holder_process;
 mod patience;
 mod provider;
+pub mod queue_clauses;
+mod queue_provider;
 
 pub use holder_process::{hold_as_told, this_test_binary};
 pub use patience::leaves_nothing;
 pub use provider::{Abilities, Life, Provider};
+pub use queue_provider::QueueProvider;
 
 /// Makes every clause a test of its own name, against the provider that the expression makes.
 #[macro_export]
@@ -160,17 +166,111 @@ macro_rules! lock_conformance {
     };
 }
 
+/// Makes every clause of queues a test of its own name, against the provider that the expression makes.
+#[macro_export]
+macro_rules! queue_conformance {
+    ($provider:expr) => {
+        $crate::queue_conformance! { @queue_tests $provider;
+            enqueued_is_claimed
+            defaults_are_those_documented
+            one_item_a_scope
+            scopes_are_kept_apart
+            merge_keeps_the_newest_event
+            merge_keeps_the_most_urgent_priority
+            merge_takes_the_last_payload
+            enqueue_many_of_any_number
+            enqueue_while_claimed_is_not_lost
+            enqueues_while_claimed_are_one
+            done_scopes_can_come_again
+            kinds_are_kept_apart
+            claimed_is_not_claimed_again
+            empty_gives_nothing
+            order_is_priority_event_id
+            batch_bounds_a_claim
+            tokens_differ
+            lease_is_exact
+            short_leases_end
+            expired_is_claimable_at_once
+            extend_keeps_the_claim
+            extend_never_shortens
+            many_beats_do_not_change_the_item
+            extend_needs_a_claim
+            complete_leaves_nothing
+            a_claim_ends_once
+            changed_items_are_new
+            beats_hide_no_change
+            batch_outcomes_are_in_order
+            batches_of_any_number_end
+            purged_work_ends_quietly
+            stale_claims_change_nothing
+            stale_claims_stay_stale
+            expired_and_not_taken_can_be_settled
+            expired_and_not_taken_can_be_extended
+            expired_and_changed_is_told
+            taken_over_has_seen_the_change
+            retry_rests_and_comes_again
+            short_pauses_end
+            retry_without_a_pause
+            retries_are_kept_apart
+            resting_work_is_passed_over
+            rested_work_is_in_line_again
+            events_do_not_end_a_pause
+            requeue_does_not_count
+            give_back_is_free_at_once
+            poison_is_given_up
+            spent_work_keeps_its_last_error
+            spent_and_changed_is_new
+            last_enqueue_says_the_attempts
+            fail_makes_a_dead_letter
+            dead_work_of_one_kind_hides_no_other
+            redrive_enqueues_again
+            redrive_merges_into_a_live_item
+            redrive_does_not_end_a_pause
+            redrive_of_one_scope_twice
+            redrive_keeps_to_the_tenant
+            letters_are_bounded_by_age
+            letters_are_bounded_by_number
+            stats_count_by_state
+            stats_tell_the_oldest
+            items_are_paged
+            letters_are_paged
+            empty_kinds_refused
+            bad_work_table
+            enqueue_many_refuses_before_it_begins
+            bad_claim_table
+            bad_settlement_table
+            longest_bounds_are_granted
+            long_errors_are_cut
+            nothing_is_a_number
+            unreachable_is_told
+            no_item_is_claimed_twice
+            enqueues_do_not_block_each_other
+            last_payload_is_always_seen
+            enqueue_dropped_anywhere
+            claim_dropped_anywhere
+            complete_dropped_anywhere
+        }
+    };
+    (@queue_tests $provider:expr; $($clause:ident)*) => {
+        $(
+            #[::tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $clause() {
+                $crate::queue_clauses::$clause(&$provider).await;
+            }
+        )*
+    };
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
     use std::fs;
     use std::path::Path;
 
-    /// A clause that the macro does not list would be run by nobody.
-    #[test]
-    fn every_clause_is_listed() {
+    /// A clause that its macro does not list would be run by nobody.
+    fn assert_all_listed(folder: &str, marker: &str) {
         let listed = include_str!("lib.rs")
-            .split_once("@tests $provider;\n")
+            .split_once(marker)
             .and_then(|(_, rest)| rest.split_once('}'))
             .map(|(list, _)| {
                 list.split_whitespace()
@@ -178,7 +278,7 @@ mod tests {
                     .collect::<BTreeSet<_>>()
             })
             .unwrap();
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/clauses");
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(folder);
         let mut written = BTreeSet::new();
         for file in fs::read_dir(folder).unwrap() {
             let source = fs::read_to_string(file.unwrap().path()).unwrap();
@@ -187,5 +287,15 @@ mod tests {
             }
         }
         assert_eq!(listed, written);
+    }
+
+    #[test]
+    fn every_clause_is_listed() {
+        assert_all_listed("clauses", "@tests $provider;\n");
+    }
+
+    #[test]
+    fn every_clause_of_queues_is_listed() {
+        assert_all_listed("queue_clauses", "@queue_tests $provider;\n");
     }
 }

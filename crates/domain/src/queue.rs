@@ -754,11 +754,9 @@ pub trait WorkQueue: Send + Sync {
 
 /// The text of an error as it is kept: at most 4 KiB, without what no database stores.
 pub fn kept_error(error: &str) -> String {
-    let mut end = error.len().min(MAX_ERROR_BYTES);
-    while !error.is_char_boundary(end) {
-        end -= 1;
-    }
-    error[..end].replace('\0', "\u{fffd}")
+    let mut kept = error.replace('\0', "\u{fffd}");
+    kept.truncate(kept.floor_char_boundary(MAX_ERROR_BYTES));
+    kept
 }
 
 /// Checks how long work is put off: at most [`MAX_DELAY`].

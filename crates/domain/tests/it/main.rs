@@ -5,3 +5,4 @@
 mod extras;
 mod guard;
 mod memory_lock;
+mod memory_queue;

@@ -4,6 +4,7 @@
 
 mod answers;
 mod bench;
+mod bounds;
 mod budgets;
 mod crashes;
 mod disturbances;

@@ -11,6 +11,7 @@ use std::time::Duration;
 use diesel_async::pooled_connection::PoolableConnection;
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use futures_util::{FutureExt, StreamExt};
+use tokio::time::{Instant, timeout_at};
 
 use crate::connect::ConnectOptions;
 use crate::error::StorageError;
@@ -18,6 +19,9 @@ use crate::incarnation::{self, Incarnation, IncarnationRow};
 
 /// How long a caller waits for a connection before it is told that the database is not available.
 const CHECKOUT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a statement of our own may take that nobody gave another time. A server that is stopped, or keeps the
+/// statement waiting for somebody else's lock, is not waited for any longer.
+pub(crate) const ANSWER: Duration = Duration::from_secs(5);
 
 /// A pool of connections to one database. Clones share it.
 #[derive(Clone)]
@@ -66,6 +70,34 @@ impl Pool {
         let result = work(checkout.conn()).await;
         checkout.settle();
         result
+    }
+
+    /// As [`run`](Self::run), for statements of our own: they may take [`ANSWER`].
+    pub(crate) async fn ask<T, E, W>(&self, work: W) -> Result<T, E>
+    where
+        W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
+        E: From<StorageError>,
+    {
+        self.ask_until(Instant::now() + ANSWER, work).await
+    }
+
+    /// As [`ask`](Self::ask), until another moment. Then the connection is closed, and with it the server gives up as
+    /// well; what was sent may have had its effect.
+    pub(crate) async fn ask_until<T, E, W>(&self, until: Instant, work: W) -> Result<T, E>
+    where
+        W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
+        E: From<StorageError>,
+    {
+        let start = Instant::now();
+        let checkout = timeout_at(until, self.checkout()).await;
+        let mut checkout = checkout.unwrap_or(Err(StorageError::NoConnection))?;
+        match timeout_at(until, work(checkout.conn())).await {
+            Ok(result) => {
+                checkout.settle();
+                result
+            }
+            Err(_) => Err(StorageError::NoAnswer(start.elapsed()).into()),
+        }
     }
 
     /// Takes a connection that is closed when it is dropped, unless [`Checkout::settle`] is called.

@@ -7,6 +7,7 @@ use diesel_async::{
 };
 use leasehold_domain::{ErrorClass, FencingToken, HoldControl, LockGuard, LockId, Unavailable};
 use std::time::Duration;
+use tokio::time::timeout;
 
 use crate::advisory::transaction::OpenTransaction;
 use crate::database::Database;
@@ -14,10 +15,12 @@ use crate::error::StorageError;
 use crate::holds::Scope;
 use crate::incarnation::{self, Incarnation, IncarnationRow};
 use crate::lease::LeaseHold;
-use crate::pool::{Checkout, Pool};
+use crate::pool::{ANSWER, Checkout, Pool};
 use crate::process::Process;
 use crate::statement::Prepared;
 
+/// How long a COMMIT may take: it also checks deferred constraints, and waits for synchronous standbys.
+const COMMIT_ANSWER: Duration = Duration::from_secs(10);
 /// How long to look for the fate of a transaction whose COMMIT was not answered.
 const RESOLVE: Duration = Duration::from_secs(2);
 const RESOLVE_POLL: Duration = Duration::from_millis(50);
@@ -127,6 +130,9 @@ impl Database {
 
     /// Runs statements in one READ COMMITTED transaction that commits if `work` succeeds.
     ///
+    /// What `work` sends may take as long as it likes; of what is sent around it an answer is waited for up to 5 s, and
+    /// of COMMIT 10 s.
+    ///
     /// # Errors
     /// [`TransactionError`]; never [`TransactionError::Lost`].
     ///
@@ -213,7 +219,8 @@ impl Database {
                     }
                 };
                 let fencing = Fencing::start(&lease, &hold.control);
-                let row = match send_fence(checkout.conn(), &lease, lock_id, fence).await {
+                let sent = timeout(ANSWER, send_fence(checkout.conn(), &lease, lock_id, fence));
+                let row = match sent.await.unwrap_or(Err(StorageError::NoAnswer(ANSWER))) {
                     Ok(Some(row)) => row,
                     Ok(None) => {
                         rollback(checkout).await;
@@ -360,7 +367,11 @@ async fn send_fence(
 
 /// Opens a transaction on a connection that closes unless the transaction is ended.
 pub(crate) async fn begin(mut checkout: Checkout) -> Result<Checkout, StorageError> {
-    AnsiTransactionManager::begin_transaction_sql(checkout.conn(), BEGIN).await?;
+    let begun = timeout(
+        ANSWER,
+        AnsiTransactionManager::begin_transaction_sql(checkout.conn(), BEGIN),
+    );
+    begun.await.map_err(|_| StorageError::NoAnswer(ANSWER))??;
     Ok(checkout)
 }
 
@@ -386,17 +397,32 @@ where
     }
 }
 
-/// Rolls back, and answers whether the server said so. A connection that does not answer is closed, which rolls
-/// back as well.
-pub(crate) async fn rollback(mut checkout: Checkout) -> bool {
-    match AnsiTransactionManager::rollback_transaction(checkout.conn()).await {
-        Ok(()) => {
+/// What a rollback came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RolledBack {
+    /// The server said so.
+    Done,
+    /// The session had ended, and the transaction with it.
+    Gone,
+    /// No answer came. The connection is closed, and the server rolls back when it notices.
+    Unanswered,
+}
+
+/// Rolls back, and closes a connection that does not answer, which rolls back as well.
+pub(crate) async fn rollback(mut checkout: Checkout) -> RolledBack {
+    let rolled_back = AnsiTransactionManager::rollback_transaction(checkout.conn());
+    match timeout(ANSWER, rolled_back).await {
+        Ok(Ok(())) => {
             checkout.settle();
-            true
+            RolledBack::Done
         }
-        Err(error) => {
-            tracing::debug!(%error, "a rollback was not answered; the connection is closed");
-            false
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "a rollback failed; the connection is closed");
+            RolledBack::Gone
+        }
+        Err(_) => {
+            tracing::debug!("a rollback was not answered; the connection is closed");
+            RolledBack::Unanswered
         }
     }
 }
@@ -430,18 +456,19 @@ async fn finish<E>(pool: &Pool, mut checkout: Checkout, ending: Ending) -> Resul
     } else {
         "SELECT 1; COMMIT"
     };
-    let error = match checkout.conn().batch_execute(commit).await {
-        Ok(()) => {
+    let error = match timeout(COMMIT_ANSWER, checkout.conn().batch_execute(commit)).await {
+        Ok(Ok(())) => {
             leave_transaction(checkout.conn());
             checkout.settle();
             return Ok(());
         }
-        Err(error) => StorageError::from(error),
+        Ok(Err(error)) => StorageError::from(error),
+        Err(_) => StorageError::NoAnswer(COMMIT_ANSWER),
     };
     let incarnation = checkout.incarnation();
     let refused = match &error {
         // After a refusal the session goes on. A pooler that has lost the server only makes it look like one.
-        StorageError::Refused(_) => rollback(checkout).await,
+        StorageError::Refused(_) => rollback(checkout).await == RolledBack::Done,
         _ => {
             drop(checkout);
             false
@@ -450,7 +477,7 @@ async fn finish<E>(pool: &Pool, mut checkout: Checkout, ending: Ending) -> Resul
     let fate = match &ending.transaction {
         _ if refused => Some(Fate::RolledBack),
         Some(transaction) => {
-            let fate = tokio::time::timeout(RESOLVE, fate(pool, transaction, incarnation));
+            let fate = timeout(RESOLVE, fate(pool, transaction, incarnation));
             fate.await.unwrap_or(None)
         }
         None => None,

@@ -11,10 +11,13 @@ use rand::Rng;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::pool::ANSWER;
 use crate::signals::{self, Signals};
 
 /// The fallback poll, jittered between these: it finds what no signal told.
 const POLL: std::ops::Range<Duration> = Duration::from_millis(250)..Duration::from_secs(1);
+/// How long the attempt that ends a wait may take, after its end: a wait of nothing is an attempt all the same.
+pub(crate) const LAST_ATTEMPT: Duration = Duration::from_secs(1);
 /// How often a waiter says again that it waits.
 pub(crate) const ANNOUNCE: Duration = Duration::from_secs(10);
 
@@ -67,13 +70,14 @@ impl Queues {
         }
     }
 
-    /// Makes attempts until one succeeds, fails for another reason than contention, or `wait` has passed.
+    /// Makes attempts until one succeeds, fails for another reason than contention, or `wait` has passed. Each is told
+    /// until when it must have ended: so that a server which does not answer lengthens no wait by much.
     pub(crate) async fn acquire<'a>(
         &self,
         name: &LockName,
         wait: Duration,
         signals: &Signals,
-        attempt: impl Fn() -> BoxFuture<'a, Result<Attempt, AcquireError>>,
+        attempt: impl Fn(Instant) -> BoxFuture<'a, Result<Attempt, AcquireError>>,
     ) -> Result<LockGuard, AcquireError> {
         let start = Instant::now();
         // A wait beyond what the clock can count is as good as for ever.
@@ -90,9 +94,11 @@ impl Queues {
             }
         }
         let mut ear = None;
-        let mut announced = start;
+        let (mut announced, mut forgotten) = (start, false);
         loop {
-            let (contention, ends_in) = match attempt().await? {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let until = Instant::now() + left.clamp(LAST_ATTEMPT, ANSWER);
+            let (contention, ends_in) = match attempt(until).await? {
                 Attempt::Acquired(guard) => {
                     place.acquired = true;
                     return Ok(guard);
@@ -113,17 +119,18 @@ impl Queues {
                 }
                 continue;
             };
-            if announced.elapsed() > ANNOUNCE {
+            if forgotten || announced.elapsed() > ANNOUNCE {
                 announced = Instant::now();
                 ear.announce().await;
             }
             let poll = jittered_poll();
             let sleep = ends_in.map_or(poll, |ends_in| poll.min(ends_in + Duration::from_millis(1)));
-            tokio::select! {
-                () = wake.notified() => {}
-                () = ear.freed() => {}
-                () = tokio::time::sleep_until(deadline.min(Instant::now() + sleep)) => {}
-            }
+            forgotten = tokio::select! {
+                () = wake.notified() => false,
+                // Who frees a name forgets who wanted it, and somebody else may be faster.
+                () = ear.freed() => true,
+                () = tokio::time::sleep_until(deadline.min(Instant::now() + sleep)) => false,
+            };
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use leasehold_domain::{AcquireError, DistributedLock, Holder, LockName, LockRequest, Released};
+use leasehold_storage::advisory::AdvisoryKey;
 use leasehold_storage::{Database, LeaseColumns, RowLease, RowLeaseTable};
 use tokio_postgres::Client;
 
@@ -142,8 +143,22 @@ async fn typed(bench: &Bench) -> RowLease {
          INSERT INTO typed
              SELECT 't' || n, ('00000000-0000-4000-8000-' || lpad(n::text, 12, '0'))::uuid, -n, n
              FROM generate_series(1, 2000) AS n;
-         ANALYZE typed";
-    bench.client.batch_execute(table).await.unwrap();
+         ANALYZE typed;
+         SELECT count(*) FROM typed WHERE number + 0 = 7";
+    let maker = bench.database.client().await;
+    let pid: i32 = maker
+        .query_one("SELECT pg_backend_pid()", &[])
+        .await
+        .unwrap()
+        .get(0);
+    maker.batch_execute(table).await.unwrap();
+    drop(maker);
+    // What a session has counted is told when it ends.
+    let there = "SELECT FROM pg_stat_activity WHERE pid = $1";
+    eventually("its maker has left", async || {
+        bench.client.query(there, &[&pid]).await.unwrap().is_empty()
+    })
+    .await;
     let table = RowLeaseTable::new("public", "typed", "typed")
         .key_column("tenant")
         .uuid_key_column("id")
@@ -172,14 +187,9 @@ async fn keys_of_any_type_are_found_by_their_index() {
         let row = client.query_one(sql, &[]).await.unwrap();
         (row.get::<_, i64>(0), row.get::<_, i64>(1))
     };
-    // What a session has counted is told when it ends.
-    let look = "SELECT count(*) FROM typed WHERE number + 0 = 7";
-    let looker = bench.database.client().await;
-    let (before, _) = scans().await;
-    looker.query_one(look, &[]).await.unwrap();
-    drop(looker);
-    eventually("a look through the table is counted", async || {
-        scans().await.0 > before
+    // That of who has made the table and looked all through it.
+    eventually("looks through the table are counted", async || {
+        scans().await.0 > 0
     })
     .await;
     let (before, found) = scans().await;
@@ -214,8 +224,10 @@ async fn keys_of_any_type_are_found_by_their_index() {
 
     bench.process.shutdown(Duration::from_secs(10)).await;
     drop((bench, lock));
+    let others =
+        "SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()";
     eventually("its statements are counted", async || {
-        scans().await.1 >= found + 10
+        client.query(others, &[]).await.unwrap().is_empty() && scans().await.1 >= found + 10
     })
     .await;
     assert_eq!(scans().await.0, before, "a statement looked through the table");
@@ -309,4 +321,38 @@ async fn each_kind_of_lock_has_its_own_queue() {
         .unwrap();
     leases.release(held).await.unwrap();
     leases.release(waiting.await.unwrap().unwrap()).await.unwrap();
+}
+
+/// Who frees a name forgets who wanted it. A waiter that was told of it, and then was too slow, says again that it waits.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_waiter_that_was_too_slow_says_again_that_it_waits() {
+    let bench = Bench::start().await;
+    let (leases, request) = (bench.process.leases(), named("contended"));
+    let held = leases.try_acquire(&request).await.unwrap();
+    let other = Database::connect(bench.database.options(), 2).await.unwrap();
+    let (lock, asked) = (other.leases(), request.clone());
+    let waiting = tokio::spawn(async move { lock.acquire(&asked, Duration::from_secs(60)).await });
+    let said = async || {
+        let sql = "SELECT extract(epoch FROM query_start)::float8 FROM pg_stat_activity
+                   WHERE datname = current_database() AND query LIKE 'NOTIFY leasehold_wait%'";
+        let row = bench.client.query_opt(sql, &[]).await.unwrap();
+        row.map(|row| row.get::<_, f64>(0))
+    };
+    eventually("it says that it waits", async || said().await.is_some()).await;
+    let first = said().await.unwrap();
+    let AdvisoryKey::Big(key) = AdvisoryKey::of(request.name()) else {
+        panic!("names have keys of 64 bits")
+    };
+    // As somebody who has freed it, and took it again at once.
+    let free = format!("NOTIFY leasehold_free, '{key}'");
+    bench.client.batch_execute(&free).await.unwrap();
+    eventually("it says so again", async || said().await.unwrap() > first).await;
+    // It would have done so after ten seconds in any case.
+    assert!(said().await.unwrap() < first + 8.0);
+    leases.release(held).await.unwrap();
+    other
+        .leases()
+        .release(waiting.await.unwrap().unwrap())
+        .await
+        .unwrap();
 }

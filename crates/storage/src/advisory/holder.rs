@@ -6,6 +6,7 @@ use diesel::{OptionalExtension, QueryableByName};
 use diesel_async::RunQueryDsl;
 use leasehold_domain::{HeldLock, Holder, HolderSession, LockId, LockMode, LockName};
 use serde_json::Value;
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::advisory::AdvisoryKey;
@@ -53,15 +54,16 @@ struct Row {
     metadata: Option<Value>,
 }
 
-/// One holder of the lock, in whatever process.
+/// One holder of the lock, in whatever process; asked for until that moment.
 pub(crate) async fn find(
     pool: &Pool,
     key: AdvisoryKey,
     name: &LockName,
+    until: Instant,
 ) -> Result<Option<HeldLock>, StorageError> {
     let (bits, space) = key.as_lock_table_columns();
     let row: Option<Row> = pool
-        .run(async |conn| {
+        .ask_until(until, async |conn| {
             let query = diesel::sql_query(FIND)
                 .bind::<BigInt, _>(bits)
                 .bind::<SmallInt, _>(space)

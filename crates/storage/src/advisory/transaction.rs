@@ -15,6 +15,7 @@ use leasehold_domain::{
     LockMode, LockName, LockRequest, Monotonic, MonotonicClock, ReleaseError, Released, ResumeError, Ttl,
     Unavailable,
 };
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::Instrument;
 
 use crate::advisory::{AdvisoryKey, holder};
@@ -22,11 +23,11 @@ use crate::clock::Boottime;
 use crate::error::StorageError;
 use crate::holds::{Hold, Scope};
 use crate::observe;
-use crate::pool::Checkout;
+use crate::pool::{ANSWER, Checkout};
 use crate::process::Process;
 use crate::statement::Prepared;
 use crate::tenant::{TenantGate, TenantOf, refused_at};
-use crate::transaction::{begin, rollback};
+use crate::transaction::{RolledBack, begin, rollback};
 use crate::waiting::Attempt;
 
 /// An exclusive lock that a transaction has: what is written in that transaction is written by the only holder,
@@ -174,23 +175,33 @@ impl PgTransactionLock {
         Ok(())
     }
 
-    async fn attempt(&self, request: &LockRequest) -> Result<Attempt, AcquireError> {
+    async fn attempt(&self, request: &LockRequest, until: Instant) -> Result<Attempt, AcquireError> {
         let name = request.name();
-        // What this process holds needs no connection to be refused.
+        let tenant = self.behind.and_then(|tenant_of| tenant_of(name));
+        let gate = tenant.map(TenantGate::key).transpose()?;
+        // What this process holds needs no connection to be refused, but for the question of the gate, which comes first.
         if let Some(hold) = self.process.holds.transaction(name) {
+            if let Some(tenant) = tenant
+                && let Some(conflict) = TenantGate::new(Arc::clone(&self.process)).conflict(tenant).await
+            {
+                return Err(conflict.into());
+            }
             return Ok(Attempt::Contended(Contention::with(held(&hold)), None));
         }
         let lock_id = LockId::new();
         // Whatever happens in between: the connection is closed, and the server frees the lock.
         let unavailable = |error: StorageError| AcquireError::Unavailable(error.into());
-        let tenant = self.behind.and_then(|tenant_of| tenant_of(name));
-        let gate = tenant.map(TenantGate::key).transpose()?;
-        let checkout = self.process.pool.checkout().await.map_err(unavailable)?;
-        let mut checkout = begin(checkout).await.map_err(unavailable)?;
         let (key, _) = AdvisoryKey::of(name).as_lock_table_columns();
-        let row = try_lock(checkout.conn(), key, gate, request.max_hold())
+        let sent = Instant::now();
+        let asked = timeout_at(until, async {
+            let mut checkout = begin(self.process.pool.checkout().await?).await?;
+            let row = try_lock(checkout.conn(), key, gate, request.max_hold()).await?;
+            Ok((checkout, row))
+        });
+        let asked = asked
             .await
-            .map_err(unavailable)?;
+            .unwrap_or_else(|_| Err(StorageError::NoAnswer(sent.elapsed())));
+        let (checkout, row) = asked.map_err(unavailable)?;
         let TryLockRow {
             got: Some(true),
             acquired_at,
@@ -202,7 +213,7 @@ impl PgTransactionLock {
             if let (None, Some(tenant)) = (row.got, tenant) {
                 return Err(refused_at(tenant).into());
             }
-            let held = holder::find(&self.process.pool, AdvisoryKey::of(name), name)
+            let held = holder::find(&self.process.pool, AdvisoryKey::of(name), name, until)
                 .await
                 .map_err(unavailable)?;
             return Ok(Attempt::Contended(
@@ -296,7 +307,7 @@ impl PgTransactionLock {
         let ended: bool = self
             .process
             .pool
-            .run(async |conn| {
+            .ask_until(Instant::now() + ANSWER + TERMINATION, async |conn| {
                 let query = diesel::sql_query(TERMINATE)
                     .bind::<Integer, _>(session.backend_pid)
                     .bind::<BigInt, _>(bits)
@@ -321,6 +332,9 @@ impl PgTransactionLock {
         Ok(Some(held))
     }
 }
+
+/// How long the statement waits for the end of the session.
+const TERMINATION: Duration = Duration::from_secs(5);
 
 /// Looks once more that the session still has the lock: it may serve somebody else by now.
 const TERMINATE: &str = "\
@@ -366,7 +380,7 @@ impl DistributedLock for PgTransactionLock {
     async fn try_acquire(&self, request: &LockRequest) -> Result<LockGuard, AcquireError> {
         let attempt = async {
             Self::check(request)?;
-            match self.attempt(request).await? {
+            match self.attempt(request, Instant::now() + ANSWER).await? {
                 Attempt::Acquired(guard) => Ok(guard),
                 Attempt::Contended(contention, _) => Err(AcquireError::Contended(contention)),
             }
@@ -379,7 +393,7 @@ impl DistributedLock for PgTransactionLock {
         let attempt = async {
             Self::check(request)?;
             let process = &self.process;
-            let attempt = || self.attempt(request).boxed();
+            let attempt = |until| self.attempt(request, until).boxed();
             process
                 .transaction_queues
                 .acquire(request.name(), wait, &process.signals, attempt)
@@ -418,7 +432,8 @@ impl DistributedLock for PgTransactionLock {
             };
             // In a task, so that a caller who goes away does not take the connection, and so the lock, along.
             let asked = self.process.keeper.spawn(async move {
-                let alive = checkout.conn().batch_execute("SELECT 1").await.is_ok();
+                let answer = timeout(ANSWER, checkout.conn().batch_execute("SELECT 1"));
+                let alive = answer.await.is_ok_and(|answer| answer.is_ok());
                 if alive {
                     open.park(checkout, id);
                 }
@@ -447,20 +462,22 @@ impl DistributedLock for PgTransactionLock {
                 drop(guard);
                 return Ok(Released::AlreadyGone);
             };
-            let released = match open.take() {
+            let ended = match open.take() {
                 // Dropped in the middle of this the connection closes, which frees the lock as well.
-                Some((checkout, _)) => rollback(checkout).await && !guard.is_lost(),
-                None => open.has_ended(),
+                Some((checkout, _)) => rollback(checkout).await,
+                None if open.has_ended() => RolledBack::Done,
+                None => RolledBack::Gone,
             };
+            let lost = guard.is_lost();
             self.process.holds.remove(guard.lock_id());
             let name = guard.name().clone();
             guard.defuse();
             self.process.freed(&name);
-            Ok(if released {
-                Released::Held
-            } else {
-                Released::AlreadyGone
-            })
+            match ended {
+                RolledBack::Done if !lost => Ok(Released::Held),
+                RolledBack::Done | RolledBack::Gone => Ok(Released::AlreadyGone),
+                RolledBack::Unanswered => Err(StorageError::NoAnswer(ANSWER).into()),
+            }
         }
         .instrument(span)
         .await
@@ -472,7 +489,8 @@ impl DistributedLock for PgTransactionLock {
             if let Some(hold) = self.process.holds.transaction(name) {
                 return Ok(Some(held(&hold)));
             }
-            Ok(holder::find(&self.process.pool, AdvisoryKey::of(name), name).await?)
+            let until = Instant::now() + ANSWER;
+            Ok(holder::find(&self.process.pool, AdvisoryKey::of(name), name, until).await?)
         }
         .instrument(span)
         .await

@@ -15,6 +15,7 @@ use leasehold_domain::{
     ResumeError, Ttl, Unavailable,
 };
 use serde_json::Value;
+use tokio::time::Instant;
 use tracing::Instrument;
 use uuid::Uuid;
 
@@ -26,10 +27,14 @@ use crate::lease::reaper::Lease;
 use crate::lease::table::LeaseTable;
 use crate::lease::{LeaseHold, next_renewal, seconds, trusted_until};
 use crate::observe;
+use crate::pool::ANSWER;
 use crate::process::Process;
 use crate::signals;
 use crate::statement::Prepared;
 use crate::waiting::Attempt;
+
+/// How long the removal of unused rows may take: there may be very many.
+const SWEEP: Duration = Duration::from_secs(60);
 
 /// A lock on names of its own, kept in `leasehold.leases`. Rows are made as names are first used.
 ///
@@ -134,7 +139,12 @@ impl RowLease {
     }
 
     /// One attempt, which looks a second time when the row was locked or taken in between.
-    async fn attempt(&self, request: &LockRequest, keys: &[String]) -> Result<Attempt, AcquireError> {
+    async fn attempt(
+        &self,
+        request: &LockRequest,
+        keys: &[String],
+        until: Instant,
+    ) -> Result<Attempt, AcquireError> {
         let lock_id = LockId::new();
         let mut unanswered = Unanswered {
             lease: self,
@@ -147,7 +157,7 @@ impl RowLease {
         loop {
             unanswered.armed = true;
             let sent = Boottime.now();
-            let answered = self.send_acquire(request, keys, lock_id).await;
+            let answered = self.send_acquire(request, keys, lock_id, until).await;
             // Of two requests only the second was answered: the first may have been granted, or may still be.
             in_doubt |= answered.as_ref().is_ok_and(|(_, sent_twice)| *sent_twice);
             unanswered.armed = in_doubt;
@@ -198,6 +208,7 @@ impl RowLease {
         request: &LockRequest,
         keys: &[String],
         lock_id: LockId,
+        until: Instant,
     ) -> Result<(AcquireRow, bool), StorageError> {
         let sql = match request.durability() {
             Durability::Durable => &self.table.acquire,
@@ -225,8 +236,10 @@ impl RowLease {
                 Ok(row) => Ok::<AcquireRow, StorageError>(row),
                 Err(error) => Err(StorageError::of_connection(conn, error).await),
             };
-            match (self.process.pool.run(ask).await, first.take()) {
+            match (self.process.pool.ask_until(until, ask).await, first.take()) {
                 (Ok(row), first) => return Ok((row, first.is_some())),
+                // Silence is answered by silence: another request would wait as long.
+                (Err(error @ StorageError::NoAnswer(_)), None) => return Err(error),
                 (Err(error), None) if error.is_outcome_unknown() => first = Some(error),
                 (Err(error), None) => return Err(error),
                 // The second was not even sent, or was refused: what became of the first is still not known.
@@ -309,7 +322,7 @@ impl RowLease {
         }
         self.process
             .pool
-            .run(async |conn| Ok(Prepared(query).get_result(conn).await.optional()?))
+            .ask(async |conn| Ok(Prepared(query).get_result(conn).await.optional()?))
             .await
     }
 
@@ -328,7 +341,7 @@ impl RowLease {
         let row: Option<ReleaseRow> = self
             .process
             .pool
-            .run(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
+            .ask(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
             .await?;
         Ok(match row {
             Some(ReleaseRow { live: true }) => Released::Held,
@@ -367,7 +380,7 @@ impl RowLease {
         let row: Option<HolderRow> = self
             .process
             .pool
-            .run(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
+            .ask(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
             .await?;
         let ended = row.map(|row| row.into_held(name));
         if let Some(lock_id) = ended.as_ref().and_then(|held| held.lock_id) {
@@ -397,14 +410,16 @@ impl RowLease {
         let row: CountRow = self
             .process
             .pool
-            .run(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await?))
+            .ask_until(Instant::now() + SWEEP, async |conn| {
+                Ok::<_, StorageError>(Prepared(query).get_result(conn).await?)
+            })
             .await?;
         Ok(u64::try_from(row.removed).unwrap_or(0))
     }
 
     async fn contention_free_acquire(&self, request: &LockRequest) -> Result<LockGuard, AcquireError> {
         let keys = self.checked_keys(request)?;
-        match self.attempt(request, &keys).await? {
+        match self.attempt(request, &keys, Instant::now() + ANSWER).await? {
             Attempt::Acquired(guard) => Ok(guard),
             Attempt::Contended(contention, _) => Err(AcquireError::Contended(contention)),
         }
@@ -417,7 +432,7 @@ impl RowLease {
     ) -> Result<LockGuard, AcquireError> {
         let keys = self.checked_keys(request)?;
         let process = &self.process;
-        let attempt = || self.attempt(request, &keys).boxed();
+        let attempt = |until| self.attempt(request, &keys, until).boxed();
         process
             .queues
             .acquire(request.name(), wait, &process.signals, attempt)
@@ -603,7 +618,7 @@ impl DistributedLock for RowLease {
             let row: Option<HolderRow> = self
                 .process
                 .pool
-                .run(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
+                .ask(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
                 .await?;
             Ok(row.map(|row| row.into_held(name)))
         }

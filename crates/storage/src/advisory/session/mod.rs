@@ -28,8 +28,10 @@ use crate::error::chain;
 use crate::holds::{Holds, Scope};
 use crate::keeper::Keeper;
 use crate::observe;
+use crate::pool::ANSWER;
 use crate::process::Process;
 use crate::signals::Signals;
+use crate::waiting::LAST_ATTEMPT;
 
 /// How many lock sessions a process has.
 const SESSIONS: usize = 2;
@@ -254,18 +256,22 @@ impl PgSessionLock {
             verdict: told,
         };
         session.table().join(key, waiter, session.wanted(key));
-        let answer = match wait {
-            None | Some(Duration::ZERO) => (&mut verdict).await,
-            Some(wait) => match timeout(wait, &mut verdict).await {
-                Ok(answer) => answer,
-                Err(_) => {
-                    let given_up = session.table().give_up(key, lock_id, session.wanted(key));
-                    match given_up {
-                        GivenUp::Refused(held) => Ok(Verdict::Refused(held)),
-                        GivenUp::Pending => (&mut verdict).await,
-                    }
+        let answer = match timeout(wait.unwrap_or(ANSWER), &mut verdict).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                let given_up = session.table().give_up(key, lock_id, session.wanted(key));
+                match given_up {
+                    GivenUp::Refused(held) => Ok(Verdict::Refused(held)),
+                    GivenUp::Pending => match timeout(LAST_ATTEMPT, &mut verdict).await {
+                        Ok(answer) => answer,
+                        // What it still comes to is given back with the place.
+                        Err(_) => {
+                            let cause = Unavailable::new("the lock session did not answer in time");
+                            return Err(Refusal::Failed(outcome_unknown(lock_id, cause)));
+                        }
+                    },
                 }
-            },
+            }
         };
         place.taken = true;
         match answer {
@@ -275,11 +281,7 @@ impl PgSessionLock {
             }) => Ok(self.guard(request, key, lock_id, acquired_at, backend_pid)?),
             Ok(Verdict::Refused(held)) => Err(Refusal::Contended(self.contention(key, name, held).await)),
             Ok(Verdict::Failed(failure)) if failure.sent => {
-                metrics::counter!("leasehold_outcome_unknown_total").increment(1);
-                Err(Refusal::Failed(AcquireError::OutcomeUnknown {
-                    lock_id,
-                    source: failure.cause,
-                }))
+                Err(Refusal::Failed(outcome_unknown(lock_id, failure.cause)))
             }
             Ok(Verdict::Failed(failure)) => Err(Refusal::Failed(AcquireError::Unavailable(failure.cause))),
             Err(_) => {
@@ -354,10 +356,8 @@ impl PgSessionLock {
         if let Some(held) = self.process.sessions.of(key).table().seen(key) {
             return Ok(Some(held));
         }
-        match timeout(FIND, holder::find(&self.process.pool, key, name)).await {
-            Ok(found) => Ok(found?.map(Box::new)),
-            Err(_) => Err(Unavailable::new("the database did not say in time who has it")),
-        }
+        let found = holder::find(&self.process.pool, key, name, Instant::now() + FIND).await;
+        Ok(found?.map(Box::new))
     }
 
     /// What this process calls itself goes to its own holds.
@@ -369,6 +369,11 @@ impl PgSessionLock {
         }
         held
     }
+}
+
+fn outcome_unknown(lock_id: LockId, source: Unavailable) -> AcquireError {
+    metrics::counter!("leasehold_outcome_unknown_total").increment(1);
+    AcquireError::OutcomeUnknown { lock_id, source }
 }
 
 #[async_trait]

@@ -257,6 +257,8 @@ async fn listen(
     client
         .batch_execute(&format!("LISTEN {WAIT_CHANNEL}; LISTEN {FREE_CHANNEL}; LISTEN {JOBS_CHANNEL}"))
         .await?;
+    // Whatever was sent before was not heard.
+    state.jobs.send_replace(());
     let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await?.get(0);
     let (state, replies) = (Arc::clone(state), Arc::downgrade(&client));
     tokio::spawn(async move {

@@ -327,6 +327,32 @@ async fn a_job_is_paused_and_resumed_and_run_now() {
     running.stop(Duration::ZERO).await;
 }
 
+/// What was sent while nobody listened is looked for when somebody listens again, long before the next poll.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_was_asked_for_unheard_begins_soon() {
+    let bench = Bench::start().await;
+    let work = Endless::default();
+    let running = bench.run(every(HOUR), work.clone()).await;
+    let listener = "SELECT pid FROM pg_stat_activity
+                    WHERE datname = current_database() AND query = 'SELECT pg_backend_pid()' AND state = 'idle'";
+    let mut pid = 0_i32;
+    eventually("it listens", async || {
+        let rows = bench.client.query(listener, &[]).await.unwrap();
+        rows.first().is_some_and(|row| {
+            pid = row.get(0);
+            true
+        })
+    })
+    .await;
+    let end = "SELECT pg_terminate_backend($1, 5000)";
+    bench.client.query_one(end, &[&pid]).await.unwrap();
+    bench.ask().await;
+    tokio::time::timeout(Duration::from_secs(8), work.begun.notified())
+        .await
+        .expect("it does not wait for the poll");
+    running.stop(Duration::ZERO).await;
+}
+
 /// A pause leaves the run alone that is under way.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_does_not_end_a_run() {
@@ -438,6 +464,65 @@ async fn an_outcome_after_the_lease_is_not_accepted() {
         .collect();
     assert_eq!(told, [(1, RunOutcome::Interrupted), (2, RunOutcome::Succeeded)]);
     assert_eq!(runs[0].slot, runs[1].slot);
+}
+
+/// A run of two and a half slots.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_begins_during_a_run_is_missed() {
+    let bench = Bench::start().await;
+    let work = Work(|_| -> Running {
+        Box::pin(async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            Ok(())
+        })
+    });
+    let job = every(Duration::from_millis(200)).missed(MissedSlots::Skip);
+    let running = bench.run(job, work).await;
+    eventually("four runs were begun", async || bench.runs().await.len() >= 4).await;
+    running.stop(Duration::from_secs(10)).await;
+    let runs = bench.runs().await;
+    for (earlier, later) in runs.iter().zip(&runs[1..]) {
+        assert!(later.slot > earlier.finished_at.unwrap(), "{earlier:?} {later:?}");
+    }
+}
+
+/// The lease is renewed by the heartbeat that renews all others, and fences a transaction as they do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_of_many_leases_succeeds_and_fences() {
+    struct Long(Database);
+
+    #[async_trait]
+    impl JobWork for Long {
+        async fn run(&self, run: &JobRun) -> Result<(), JobFailure> {
+            let granted = run.guard().expires_at().unwrap();
+            let past = granted + TimeDelta::milliseconds(1200);
+            while run.guard().expires_at().unwrap() <= past && !run.guard().is_lost() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            let insert = diesel::sql_query("INSERT INTO effects VALUES (1)");
+            self.0
+                .fenced_transaction(run.guard(), async |conn| {
+                    diesel_async::RunQueryDsl::execute(insert, conn).await
+                })
+                .await?;
+            Ok(())
+        }
+    }
+
+    let bench = Bench::start().await;
+    bench.sql("CREATE TABLE effects (n INTEGER)").await;
+    let job = every(HOUR).lease(Duration::from_millis(300));
+    let running = bench.run(job, Long(bench.process.clone())).await;
+    bench.ask().await;
+    let runs = bench.settled(1).await;
+    running.stop(Duration::ZERO).await;
+    assert_eq!(
+        (runs.len(), runs[0].outcome),
+        (1, Some(RunOutcome::Succeeded)),
+        "{runs:?}"
+    );
+    let effects = bench.client.query("SELECT FROM effects", &[]).await.unwrap();
+    assert_eq!(effects.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -598,6 +683,27 @@ async fn the_history_has_the_last_hundred_runs() {
     let runs = bench.runs().await;
     assert_eq!((runs.len(), runs[99].id), (100, id));
     assert!(runs.is_sorted_by_key(|run| run.started_at));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_history_has_no_runs_older_than_400_days() {
+    let bench = Bench::start().await;
+    bench.register(every(HOUR)).await;
+    bench
+        .sql(
+            "INSERT INTO leasehold.job_runs
+                    (id, job, slot, attempt, asked, holder, started_at, finished_at, outcome)
+             SELECT gen_random_uuid(), 'job', at, 1, false, 'old', at, at, 'failed'
+             FROM (SELECT clock_timestamp() - n * interval '1 day' AS at FROM unnest(ARRAY[401, 399]) AS n) AS ages",
+        )
+        .await;
+    let running = bench.run(every(HOUR), Done).await;
+    bench.ask().await;
+    eventually("it has run", async || {
+        bench.outcomes().await == [Some(RunOutcome::Failed), Some(RunOutcome::Succeeded)]
+    })
+    .await;
+    running.stop(Duration::ZERO).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -121,6 +121,9 @@ pub trait JobWork: Send + Sync {
     ///
     /// # Errors
     /// Whatever stands in the way. It is the outcome of the slot, which is not run again for it.
+    ///
+    /// # Cancel safety
+    /// It may be dropped at every await, and the slot may be run again then.
     async fn run(&self, run: &JobRun) -> Result<(), JobFailure>;
 }
 
@@ -158,6 +161,8 @@ impl JobRun {
     }
 
     /// The lease of this run, for fenced transactions and for its token. It is renewed meanwhile.
+    ///
+    /// A transaction that releases it ends the run without an outcome: take [`crate::Database::fenced_transaction`].
     pub fn guard(&self) -> &LockGuard {
         &self.guard
     }

@@ -30,40 +30,16 @@ use crate::process::Process;
 const POLL: std::ops::Range<Duration> = Duration::from_secs(10)..Duration::from_secs(20);
 /// The same where there are no signals.
 const POLL_ALONE: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(2);
-/// When to look again after another process was first, or the database did not answer.
+/// When to look again after another process was first.
 const SOON: std::ops::Range<Duration> = Duration::from_millis(10)..Duration::from_millis(50);
-const LATER: std::ops::Range<Duration> = Duration::from_millis(500)..Duration::from_secs(1);
+/// When to look again after the database did not answer.
+const LATER: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(2);
 /// How long a look may take.
 const ANSWER: Duration = Duration::from_secs(5);
 /// The most that a process lets a slot wait, so that not all processes look in the same moment.
 const JITTER: Duration = Duration::from_millis(200);
 
 /// Runs jobs once a slot, together with other processes that have the same jobs.
-///
-/// ```no_run
-/// use std::time::Duration;
-/// use leasehold_storage::{Database, Job, JobFailure, JobRun, JobWork, Schedule};
-///
-/// struct TidyUp;
-///
-/// #[async_trait::async_trait]
-/// impl JobWork for TidyUp {
-///     async fn run(&self, run: &JobRun) -> Result<(), JobFailure> {
-///         println!("the slot {} is ours", run.slot());
-///         Ok(())
-///     }
-/// }
-///
-/// # async fn example(database: Database) -> Result<(), Box<dyn std::error::Error>> {
-/// let mut scheduler = database.job_scheduler("api-3");
-/// let nightly = Schedule::cron("30 2 * * *", "Europe/Berlin")?;
-/// scheduler.register(Job::new("tidy-up", nightly), TidyUp)?;
-/// let running = scheduler.start().await?;
-/// // …
-/// running.stop(Duration::from_secs(25)).await;
-/// # Ok(())
-/// # }
-/// ```
 pub struct JobScheduler {
     process: Arc<Process>,
     lease: RowLease,

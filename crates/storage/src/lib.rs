@@ -30,6 +30,7 @@ pub use database::Database;
 pub use jobs::control::{Jobs, RunNow};
 pub use jobs::scheduler::{JobScheduler, RunningJobs};
 pub use jobs::{Job, JobFailure, JobInfo, JobRun, JobRunInfo, JobWork, RunOutcome, Schedule};
+pub use lease::client::{Chosen, ClientLease, ClientLeases, HandedOver};
 pub use lease::row::{PgLeaseLock, RowLease};
 pub use lease::table::{LeaseColumns, LeaseTable, RowLeaseTable};
 pub use pool::{Pool, PoolState};

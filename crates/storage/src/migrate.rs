@@ -47,7 +47,8 @@ pub(crate) const STORAGE: MigrationSet = embed_migrations!(
         "2026-11-21-000001_leases",
         "2026-11-21-000002_tenants",
         "2026-11-21-000003_queue",
-        "2026-11-21-000004_jobs"
+        "2026-11-21-000004_jobs",
+        "2026-11-21-000006_client_leases"
     ]
 );
 

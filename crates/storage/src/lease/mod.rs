@@ -1,5 +1,7 @@
 //! Leases: holds that are rows, end by themselves, and are renewed while their guards live.
 
+pub(crate) mod client;
+mod held;
 pub(crate) mod reaper;
 pub(crate) mod renewer;
 pub(crate) mod row;

@@ -31,6 +31,11 @@ impl Answer {
         Ok(Self::of(StatusCode::CREATED, json(body)?))
     }
 
+    /// 202.
+    pub(crate) fn accepted(body: &impl Serialize) -> Result<Self, Failure> {
+        Ok(Self::of(StatusCode::ACCEPTED, json(body)?))
+    }
+
     /// 204.
     pub(crate) fn no_content() -> Self {
         Self::of(StatusCode::NO_CONTENT, Vec::new())

@@ -1,7 +1,9 @@
 //! Every route in one place, and the document that describes them.
 
 use axum::Router;
-use axum::middleware::map_request;
+use axum::extract::{Request, State};
+use axum::middleware::{Next, from_fn_with_state, map_request};
+use axum::response::Response;
 use axum::routing::get;
 use leasehold_http::openapi::{ProblemComponents, ReplayedAnswers};
 use leasehold_http::{LockScopeLayer, RequestIdLayer, on_panic};
@@ -15,7 +17,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::idempotency::take_fingerprint;
 use crate::state::AppState;
 use crate::{
-    contexts, default_config, feedback_records, service, tenants, versions, webhooks, workspaces,
+    contexts, default_config, feedback_records, jobs, service, tenants, versions, webhooks, workspaces,
 };
 
 #[derive(OpenApi)]
@@ -37,6 +39,7 @@ use crate::{
         (name = "versions", description = "What was written, and the way back"),
         (name = "feedback-records", description = "What users have said: owned by a tenant, erased by user"),
         (name = "webhooks", description = "Where events are sent"),
+        (name = "jobs", description = "What runs once a slot, whichever instance does it"),
         (name = "service", description = "What the service says of itself: no credentials needed"),
     ),
 )]
@@ -94,6 +97,10 @@ fn routes() -> OpenApiRouter<AppState> {
             webhooks::routes::patch,
             webhooks::routes::delete
         ))
+        .routes(routes!(jobs::routes::list))
+        .routes(routes!(jobs::routes::run))
+        .routes(routes!(jobs::routes::pause))
+        .routes(routes!(jobs::routes::resume))
         .routes(routes!(service::health))
         .routes(routes!(service::ready))
         .routes(routes!(service::problem))
@@ -116,10 +123,21 @@ pub fn router(state: AppState) -> Router {
         .url("/openapi.json", openapi())
         // It would ask a server elsewhere whether the document is valid.
         .config(utoipa_swagger_ui::Config::from("/openapi.json").validator_url("none"));
-    api.with_state(state)
+    api.layer(from_fn_with_state(state.clone(), tell_of_writes))
+        .with_state(state)
         .merge(ui)
         .layer(map_request(take_fingerprint))
         .layer(CatchPanicLayer::custom(on_panic))
         .layer(LockScopeLayer)
         .layer(RequestIdLayer)
+}
+
+/// Wakes who hands on the events of writes. Whoever hangs up before is found without.
+async fn tell_of_writes(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    let reads = request.method().is_safe();
+    let response = next.run(request).await;
+    if !reads && response.status().is_success() {
+        state.written().notify_one();
+    }
+    response
 }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::{ArgAction, Args, ValueEnum};
 use leasehold_storage::{ConnectOptions, TlsMode};
 use tracing_subscriber::EnvFilter;
 
@@ -74,6 +74,11 @@ pub struct ServeConfig {
     /// How long the removal of a tenant's data waits for writes that are under way, in seconds.
     #[arg(long, env, default_value = "5", value_parser = Number::new("seconds", 1..=3_600).count())]
     pub tenant_purge_lock_timeout_seconds: usize,
+
+    /// Whether events may be sent to addresses that are not of the open Internet: private ones, loopback.
+    #[arg(long, env, default_value = "false", default_missing_value = "true", num_args = 0..=1,
+          require_equals = true, action = ArgAction::Set, value_parser = yes_or_no)]
+    pub webhook_allow_private: bool,
 
     /// The most connections in the pool.
     #[arg(long, env, default_value = "8", value_parser = Number::new("connections", 2..=500).count())]
@@ -257,6 +262,10 @@ impl Number {
                 .map(|number| usize::try_from(number).unwrap_or(usize::MAX))
         }
     }
+}
+
+fn yes_or_no(text: &str) -> Result<bool, String> {
+    text.parse().map_err(|_| "must be true or false".to_owned())
 }
 
 fn socket_address(text: &str) -> Result<SocketAddr, String> {

@@ -11,7 +11,8 @@ const SERVER: MigrationSet = embed_migrations!(
     [
         "2026-11-21-000101_reference_api",
         "2026-11-21-000102_writes",
-        "2026-11-21-000103_tenant_rows"
+        "2026-11-21-000103_tenant_rows",
+        "2026-11-21-000104_webhook_health"
     ]
 );
 

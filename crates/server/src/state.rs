@@ -8,6 +8,7 @@ use std::time::Duration;
 use leasehold_domain::{DistributedLock, Invalid, LockName};
 use leasehold_storage::tenant::Gated;
 use leasehold_storage::{Database, LeaseColumns, PgTransactionLock, RowLease, RowLeaseTable};
+use tokio::sync::Notify;
 
 use crate::config::{ServeConfig, WorkspaceLockMode};
 use crate::waiters::{BoundedWaiters, Limits};
@@ -80,6 +81,7 @@ struct Inner {
     workspace_lock: WorkspaceLock,
     /// The same lock, behind the gates of tenants and with bounds on who may wait.
     locks: Arc<BoundedWaiters>,
+    written: Arc<Notify>,
     draining: AtomicBool,
 }
 
@@ -110,6 +112,7 @@ impl AppState {
             settings,
             workspace_lock,
             locks,
+            written: Arc::default(),
             draining: AtomicBool::new(false),
         })))
     }
@@ -131,6 +134,11 @@ impl AppState {
 
     pub(crate) fn workspace_lock(&self) -> &WorkspaceLock {
         &self.0.workspace_lock
+    }
+
+    /// Told after each write that succeeded: there may be events to hand on.
+    pub(crate) fn written(&self) -> Arc<Notify> {
+        Arc::clone(&self.0.written)
     }
 
     /// From now on the service says that it is not ready: it is about to stop.

@@ -1,6 +1,7 @@
 //! The `leasehold` command.
 
 mod documents;
+mod jobs;
 mod keys;
 mod migrate;
 mod postgres;
@@ -41,6 +42,8 @@ enum Command {
     Migrate(migrate::MigrateArgs),
     /// Make, list and revoke the keys of callers
     Keys(keys::KeysArgs),
+    /// Look at what runs once a slot, and intervene
+    Jobs(jobs::JobsArgs),
     /// Print the document that describes the API
     #[command(hide = true)]
     Openapi,
@@ -72,6 +75,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
         Command::Migrate(args) => migrate::run(&args),
         Command::Keys(args) => keys::run(&args),
+        Command::Jobs(args) => jobs::run(&args),
         Command::Openapi => documents::openapi(),
         Command::Schema(args) => documents::schema(&args),
     };

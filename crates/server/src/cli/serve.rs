@@ -16,6 +16,7 @@ use tokio::task::JoinHandle;
 use crate::cli::postgres::Postgres;
 use crate::cli::{Failed, print};
 use crate::config::{ServeConfig, WorkspaceLockMode};
+use crate::deliveries::Deliveries;
 use crate::state::{AppState, Settings};
 use crate::{app, demo, idempotency, mode, schema, telemetry};
 
@@ -111,8 +112,13 @@ async fn serve_on(
     }
     tracing::info!(%address, lock_mode = state.settings().lock_mode.as_str(), "serving");
 
-    let served = until_stopped(config, listener, state, stop).await;
-    stop.reach(Stage::Draining);
+    let deliveries = Deliveries::start(&state, config.webhook_allow_private).await?;
+    let requests = async {
+        let served = until_stopped(config, listener, state, stop).await;
+        stop.reach(Stage::Draining);
+        served
+    };
+    let (served, ()) = tokio::join!(requests, end_deliveries(deliveries, config.shutdown_grace(), stop));
     end(tasks).await;
     served
 }
@@ -157,6 +163,15 @@ async fn until_stopped(
         () = too_late => tracing::warn!("requests that did not end in time are cut off"),
     }
     Ok(())
+}
+
+/// Lets deliveries end when it is time to stop, beside the requests and for as long as them.
+async fn end_deliveries(deliveries: Deliveries, grace: Duration, stop: &Stop) {
+    stop.reached(Stage::Draining).await;
+    tokio::select! {
+        () = deliveries.stop(grace) => {}
+        () = stop.reached(Stage::Leaving) => {}
+    }
 }
 
 /// Ends background tasks: those that listen for the stop by themselves, the others at once.

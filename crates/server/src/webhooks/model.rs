@@ -31,6 +31,12 @@ pub struct Webhook {
     pub created_at: Timestamp,
     /// When it was last changed.
     pub updated_at: Timestamp,
+    /// When the service last looked whether the URL can be reached, which it does every half hour.
+    #[schema(required)]
+    pub last_checked_at: Option<Timestamp>,
+    /// The HTTP status that it found then; `null` when there was no answer.
+    #[schema(required, example = 200)]
+    pub last_status: Option<i16>,
 }
 
 /// A webhook that was just made, with what is told this once.

@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use diesel::prelude::*;
 use diesel::result::{DatabaseErrorKind, Error};
-use diesel::sql_types::{Array, BigInt, Bool, Nullable, Text, Timestamptz, Uuid as SqlUuid};
+use diesel::sql_types::{Array, BigInt, Bool, Nullable, SmallInt, Text, Timestamptz, Uuid as SqlUuid};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use leasehold_http::Timestamp;
 use leasehold_storage::Prepared;
@@ -26,6 +26,10 @@ pub(crate) struct WebhookRow {
     created_at: DateTime<Utc>,
     #[diesel(sql_type = Timestamptz)]
     updated_at: DateTime<Utc>,
+    #[diesel(sql_type = Nullable<Timestamptz>)]
+    last_checked_at: Option<DateTime<Utc>>,
+    #[diesel(sql_type = Nullable<SmallInt>)]
+    last_status: Option<i16>,
     #[diesel(sql_type = BigInt)]
     pub(crate) seq: i64,
 }
@@ -39,13 +43,15 @@ impl From<WebhookRow> for Webhook {
             enabled: row.enabled,
             created_at: Timestamp(row.created_at),
             updated_at: Timestamp(row.updated_at),
+            last_checked_at: row.last_checked_at.map(Timestamp),
+            last_status: row.last_status,
         }
     }
 }
 
 macro_rules! columns {
     () => {
-        "id, tenant_id, url, enabled, created_at, updated_at, seq"
+        "id, tenant_id, url, enabled, created_at, updated_at, last_checked_at, last_status, seq"
     };
 }
 

@@ -7,7 +7,9 @@ mod command;
 mod crud;
 mod document;
 mod idempotency;
+mod jobs_api;
 mod locking;
+mod receiver;
 mod support;
 
 /// Makes two tests of each function: one for each kind of workspace lock.

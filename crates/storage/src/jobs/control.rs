@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
+use diesel::QueryResult;
+use diesel_async::AsyncPgConnection;
 use leasehold_domain::{Slots, Unavailable};
 use uuid::Uuid;
 
+use crate::error::StorageError;
 use crate::jobs::table::{self, JobRow};
 use crate::jobs::{JobInfo, JobRunInfo};
 use crate::process::Process;
@@ -76,7 +79,19 @@ impl Jobs {
     /// # Cancel safety
     /// The run may have been asked for.
     pub async fn run_now(&self, name: &str) -> Result<RunNow, Unavailable> {
-        Ok(table::ask(&self.process.pool, name, Uuid::new_v4()).await?)
+        let ask = async |conn: &mut AsyncPgConnection| Ok(Self::run_now_in_tx(conn, name).await?);
+        Ok(self.process.pool.ask::<_, StorageError, _>(ask).await?)
+    }
+
+    /// As [`Jobs::run_now`], in a transaction of the caller: nothing runs before it has committed.
+    ///
+    /// # Errors
+    /// What the database says.
+    ///
+    /// # Cancel safety
+    /// Roll back.
+    pub async fn run_now_in_tx(conn: &mut AsyncPgConnection, name: &str) -> QueryResult<RunNow> {
+        table::ask(conn, name, Uuid::new_v4()).await
     }
 
     /// Starts no more runs of a job; one that is under way goes on. Answers whether there is such a job.
@@ -87,7 +102,20 @@ impl Jobs {
     /// # Cancel safety
     /// The job may have been paused: call it again.
     pub async fn pause(&self, name: &str) -> Result<bool, Unavailable> {
-        Ok(table::pause(&self.process.pool, name).await?)
+        let pause = async |conn: &mut AsyncPgConnection| Ok(table::pause(conn, name).await?);
+        Ok(self.process.pool.ask::<_, StorageError, _>(pause).await?)
+    }
+
+    /// As [`Jobs::pause`], in a transaction of the caller. Answers the job, if there is one.
+    ///
+    /// # Errors
+    /// What the database says.
+    ///
+    /// # Cancel safety
+    /// Roll back.
+    pub async fn pause_in_tx(conn: &mut AsyncPgConnection, name: &str) -> QueryResult<Option<JobInfo>> {
+        table::pause(conn, name).await?;
+        Self::get_on(conn, name).await
     }
 
     /// Ends a pause. Slots that began meanwhile are passed over, whatever the job does about missed ones. Answers
@@ -99,7 +127,25 @@ impl Jobs {
     /// # Cancel safety
     /// The job may have been resumed: call it again.
     pub async fn resume(&self, name: &str) -> Result<bool, Unavailable> {
-        Ok(table::resume(&self.process.pool, name).await?)
+        let resume = async |conn: &mut AsyncPgConnection| Ok(table::resume(conn, name).await?);
+        Ok(self.process.pool.ask::<_, StorageError, _>(resume).await?)
+    }
+
+    /// As [`Jobs::resume`], in a transaction of the caller. Answers the job, if there is one.
+    ///
+    /// # Errors
+    /// What the database says.
+    ///
+    /// # Cancel safety
+    /// Roll back.
+    pub async fn resume_in_tx(conn: &mut AsyncPgConnection, name: &str) -> QueryResult<Option<JobInfo>> {
+        table::resume(conn, name).await?;
+        Self::get_on(conn, name).await
+    }
+
+    async fn get_on(conn: &mut AsyncPgConnection, name: &str) -> QueryResult<Option<JobInfo>> {
+        let rows = table::look_on(conn, Some(&[name.to_owned()])).await?;
+        Ok(rows.first().map(info))
     }
 }
 

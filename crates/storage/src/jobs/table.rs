@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use diesel::sql_types::{Array, BigInt, Bool, Double, Integer, Nullable, Text, Timestamptz, Uuid as SqlUuid};
-use diesel::{OptionalExtension, QueryableByName};
+use diesel::{OptionalExtension, QueryResult, QueryableByName};
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use leasehold_domain::{Invalid, MissedSlots, OnCrash};
 use uuid::Uuid;
@@ -335,21 +335,28 @@ pub(crate) async fn register(pool: &Pool, job: &Job) -> Result<(), StorageError>
         .bind::<Text, _>(job.schedule.time_zone())
         .bind::<Text, _>(job.missed.as_str())
         .bind::<Text, _>(job.on_crash.as_str());
-    pool.run(async |conn| Prepared(query).execute(conn).await.map_err(StorageError::from))
+    pool.ask(async |conn| Prepared(query).execute(conn).await.map_err(StorageError::from))
         .await?;
     Ok(())
 }
 
 /// The jobs of these names, or all.
 pub(crate) async fn look(pool: &Pool, names: Option<&[String]>) -> Result<Vec<JobRow>, StorageError> {
+    pool.ask(async |conn| Ok(look_on(conn, names).await?)).await
+}
+
+pub(crate) async fn look_on(
+    conn: &mut AsyncPgConnection,
+    names: Option<&[String]>,
+) -> QueryResult<Vec<JobRow>> {
     let query = diesel::sql_query(LOOK).bind::<Nullable<Array<Text>>, _>(names);
-    pool.run(async |conn| Ok(Prepared(query).load(conn).await?)).await
+    Prepared(query).load(conn).await
 }
 
 pub(crate) async fn history(pool: &Pool, name: &str) -> Result<Vec<JobRunInfo>, StorageError> {
     let query = diesel::sql_query(HISTORY).bind::<Text, _>(name);
     let rows: Vec<LastRow> = pool
-        .run(async |conn| Ok::<_, StorageError>(Prepared(query).load(conn).await?))
+        .ask(async |conn| Ok::<_, StorageError>(Prepared(query).load(conn).await?))
         .await?;
     Ok(rows.iter().filter_map(LastRow::run).collect())
 }
@@ -378,7 +385,7 @@ pub(crate) async fn claim(
         Ok(row) => Ok(row),
         Err(error) => Err(StorageError::of_connection(conn, error).await),
     };
-    pool.run(ask).await
+    pool.ask(ask).await
 }
 
 /// Whether the outcome was accepted: the run was still ours.
@@ -395,7 +402,7 @@ pub(crate) async fn settle(
         .bind::<Text, _>(outcome.as_str())
         .bind::<Nullable<Text>, _>(error.map(kept));
     let row: Accepted = pool
-        .run(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await?))
+        .ask(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await?))
         .await?;
     Ok(row.accepted)
 }
@@ -413,18 +420,16 @@ pub(crate) async fn close(pool: &Pool, seen: &JobRow) -> Result<bool, StorageErr
         .bind::<Text, _>(&seen.name)
         .bind::<BigInt, _>(seen.run_fencing_token);
     let ended: Vec<Ended> = pool
-        .run(async |conn| Ok::<_, StorageError>(Prepared(query).load(conn).await?))
+        .ask(async |conn| Ok::<_, StorageError>(Prepared(query).load(conn).await?))
         .await?;
     Ok(!ended.is_empty())
 }
 
-pub(crate) async fn ask(pool: &Pool, name: &str, id: Uuid) -> Result<RunNow, StorageError> {
+pub(crate) async fn ask(conn: &mut AsyncPgConnection, name: &str, id: Uuid) -> QueryResult<RunNow> {
     let query = diesel::sql_query(ASK)
         .bind::<Text, _>(name)
         .bind::<SqlUuid, _>(id);
-    let row: Option<AskRow> = pool
-        .run(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
-        .await?;
+    let row: Option<AskRow> = Prepared(query).get_result(conn).await.optional()?;
     Ok(match row {
         None => RunNow::NotFound,
         Some(AskRow { paused: true, .. }) => RunNow::Paused,
@@ -434,20 +439,18 @@ pub(crate) async fn ask(pool: &Pool, name: &str, id: Uuid) -> Result<RunNow, Sto
 }
 
 /// Whether there is such a job.
-pub(crate) async fn pause(pool: &Pool, name: &str) -> Result<bool, StorageError> {
-    change(pool, PAUSE, name).await
+pub(crate) async fn pause(conn: &mut AsyncPgConnection, name: &str) -> QueryResult<bool> {
+    change(conn, PAUSE, name).await
 }
 
 /// Whether there is such a job.
-pub(crate) async fn resume(pool: &Pool, name: &str) -> Result<bool, StorageError> {
-    change(pool, RESUME, name).await
+pub(crate) async fn resume(conn: &mut AsyncPgConnection, name: &str) -> QueryResult<bool> {
+    change(conn, RESUME, name).await
 }
 
-async fn change(pool: &Pool, sql: &'static str, name: &str) -> Result<bool, StorageError> {
+async fn change(conn: &mut AsyncPgConnection, sql: &'static str, name: &str) -> QueryResult<bool> {
     let query = diesel::sql_query(sql).bind::<Text, _>(name);
-    let row: Option<Named> = pool
-        .run(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
-        .await?;
+    let row: Option<Named> = Prepared(query).get_result(conn).await.optional()?;
     Ok(row.is_some())
 }
 

@@ -273,6 +273,9 @@ async fn put_over_http(api: &Api, proxy: &Proxy) -> Traffic {
     least.unwrap()
 }
 
+/// What only the statement that enters the gates of tenants contains.
+const TENANT_GATE: &str = "WITH ORDINALITY AS gates";
+
 /// The same PUT with nothing to guard it would ask for the key, begin, write, make the version, and commit.
 const UNGUARDED: [&str; 5] = [
     "FROM credentials",
@@ -300,15 +303,19 @@ fn assert_guarded_put(traffic: &Traffic, guard: &[&str]) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_put_over_http_in_lease_mode_costs_two_round_trips_more() {
+async fn a_put_over_http_in_lease_mode_costs_three_round_trips_more() {
     let (world, proxy) = World::behind_a_proxy("lease").await;
     let traffic = put_over_http(&world.api, &proxy).await;
-    assert_guarded_put(&traffic, &["seen AS MATERIALIZED", "mine AS MATERIALIZED"]);
+    assert_guarded_put(
+        &traffic,
+        &["seen AS MATERIALIZED", TENANT_GATE, "mine AS MATERIALIZED"],
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_put_over_http_in_advisory_mode_costs_one_round_trip_more() {
     let (world, proxy) = World::behind_a_proxy("advisory").await;
+    // The gate and the lock are one.
     let traffic = put_over_http(&world.api, &proxy).await;
     assert_guarded_put(&traffic, &["pg_try_advisory_xact_lock"]);
 }

@@ -25,9 +25,13 @@ in_both_modes!(
 
 /// The round trips of a PUT before its COMMIT.
 fn steps(mode: &str) -> Vec<&'static str> {
-    let (lock, fence) = match mode {
-        "lease" => ("seen AS MATERIALIZED", Some("mine AS MATERIALIZED")),
-        _ => ("pg_try_advisory_xact_lock", None),
+    let (lock, gate, fence) = match mode {
+        "lease" => (
+            "seen AS MATERIALIZED",
+            Some("WITH ORDINALITY AS gates"),
+            Some("mine AS MATERIALIZED"),
+        ),
+        _ => ("pg_try_advisory_xact_lock", None, None),
     };
     let write = [
         "FROM credentials",
@@ -36,7 +40,7 @@ fn steps(mode: &str) -> Vec<&'static str> {
         "INSERT INTO default_config",
         "INSERT INTO versions",
     ];
-    write.into_iter().chain(fence).collect()
+    write.into_iter().chain(gate).chain(fence).collect()
 }
 
 async fn written(world: &World, value: i64) -> bool {

@@ -13,6 +13,7 @@ mod faults;
 mod first_minute;
 mod heartbeat;
 mod history;
+mod idempotency;
 mod leaks;
 mod locked;
 mod purge_race;

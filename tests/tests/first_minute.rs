@@ -90,7 +90,7 @@ async fn version(service: &Service) -> i64 {
 /// Pastes all that is printed, and checks that it does what is said.
 async fn follow_the_printed_lines(service: &Service) {
     eventually("all is printed", async || {
-        curl_commands(&service.output()).len() >= 2
+        curl_commands(&service.output()).len() >= 3
     })
     .await;
     // The service itself takes the workspace that is held, some moments after it listens.
@@ -104,10 +104,16 @@ async fn follow_the_printed_lines(service: &Service) {
     .await;
     let before = version(service).await;
     let commands = curl_commands(&service.output());
-    let (mut written, mut refused) = (0, 0);
+    let (mut written, mut refused, mut purged) = (0, 0, 0);
     for (said, command) in &commands {
         let (status, body) = paste(command).await;
         match status {
+            200 if body["deleted"].is_object() => {
+                purged += 1;
+                assert_eq!(body["tenant_id"], "demo-old", "{said}");
+                assert_eq!(body["deleted"]["workspaces"], 1, "each start fills it again: {body}");
+                assert_eq!(body["deleted"]["feedback_records"], 3, "{body}");
+            }
             200 => {
                 written += 1;
                 assert_eq!(body["version"], before + written, "{said}");
@@ -121,7 +127,7 @@ async fn follow_the_printed_lines(service: &Service) {
             _ => panic!("{said}: {status} {body}"),
         }
     }
-    assert_eq!((written, refused), (1, 1), "{commands:?}");
+    assert_eq!((written, refused, purged), (1, 1, 1), "{commands:?}");
 }
 
 async fn start(folder: &Path) -> Service {

@@ -98,37 +98,52 @@ macro_rules! delete_from {
     };
 }
 
-// A workspace of the same name gets higher tokens than this one had.
 const DELETE_WORKSPACES: &str = "
     WITH gone AS (
         DELETE FROM workspaces WHERE tenant_id = $1 RETURNING workspace_lock_fencing_token AS token
-    ), highest AS (
-        SELECT max(token) AS token, count(*) AS deleted FROM gone
-    ), raised AS MATERIALIZED (
-        SELECT leasehold.raise_token_floor(token) FROM highest WHERE token IS NOT NULL
     )
-    SELECT highest.deleted FROM highest LEFT JOIN raised ON true";
+    SELECT count(*) AS deleted, coalesce(max(token), 0) AS token FROM gone";
 
-/// Children go before their parents: what a parent takes along is not counted.
+// A workspace of the same name gets higher tokens than the one that is gone.
+const RAISE_TOKEN_FLOOR: &str = "SELECT leasehold.raise_token_floor($1)";
+
+/// Children go before their parents: what a parent takes along is not counted. The floor of tokens comes last: it is one
+/// row for all tenants.
 async fn delete_all(conn: &mut AsyncPgConnection, tenant: &str) -> QueryResult<Deleted> {
-    Ok(Deleted {
-        versions: delete(conn, delete_from!("versions"), tenant).await?,
-        contexts: delete(conn, delete_from!("contexts"), tenant).await?,
-        default_config: delete(conn, delete_from!("default_config"), tenant).await?,
-        workspaces: delete(conn, DELETE_WORKSPACES, tenant).await?,
+    let versions = delete(conn, delete_from!("versions"), tenant).await?;
+    let contexts = delete(conn, delete_from!("contexts"), tenant).await?;
+    let default_config = delete(conn, delete_from!("default_config"), tenant).await?;
+    let workspaces = diesel::sql_query(DELETE_WORKSPACES).bind::<Text, _>(tenant);
+    let workspaces: Workspaces = Prepared(workspaces).get_result(conn).await?;
+    let deleted = Deleted {
+        versions,
+        contexts,
+        default_config,
+        workspaces: workspaces.deleted,
         feedback_records: delete(conn, delete_from!("feedback_records"), tenant).await?,
         webhooks: delete(conn, delete_from!("webhooks"), tenant).await?,
         work_items: delete(conn, delete_from!("leasehold.work_items"), tenant).await?,
         dead_letters: delete(conn, delete_from!("leasehold.dead_letters"), tenant).await?,
         outbox: delete(conn, delete_from!("leasehold.outbox"), tenant).await?,
         idempotency_keys: delete(conn, delete_from!("idempotency_keys"), tenant).await?,
-    })
+    };
+    let raise = diesel::sql_query(RAISE_TOKEN_FLOOR).bind::<BigInt, _>(workspaces.token);
+    Prepared(raise).execute(conn).await?;
+    Ok(deleted)
 }
 
 #[derive(QueryableByName)]
 struct Count {
     #[diesel(sql_type = BigInt)]
     deleted: i64,
+}
+
+#[derive(QueryableByName)]
+struct Workspaces {
+    #[diesel(sql_type = BigInt)]
+    deleted: i64,
+    #[diesel(sql_type = BigInt)]
+    token: i64,
 }
 
 async fn delete(conn: &mut AsyncPgConnection, sql: &'static str, tenant: &str) -> QueryResult<i64> {

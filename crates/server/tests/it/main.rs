@@ -6,11 +6,18 @@ mod auth;
 mod command;
 mod crud;
 mod document;
+mod erasure;
+mod feedback;
+mod gate;
 mod idempotency;
+mod isolation;
 mod jobs_api;
 mod locking;
+mod operations;
+mod purge;
 mod receiver;
 mod support;
+mod webhooks;
 
 /// Makes two tests of each function: one for each kind of workspace lock.
 macro_rules! in_both_modes {

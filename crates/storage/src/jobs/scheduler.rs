@@ -34,8 +34,6 @@ const POLL_ALONE: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::
 const SOON: std::ops::Range<Duration> = Duration::from_millis(10)..Duration::from_millis(50);
 /// When to look again after the database did not answer.
 const LATER: std::ops::Range<Duration> = Duration::from_secs(1)..Duration::from_secs(2);
-/// How long a look may take.
-const ANSWER: Duration = Duration::from_secs(5);
 /// The most that a process lets a slot wait, so that not all processes look in the same moment.
 const JITTER: Duration = Duration::from_millis(200);
 
@@ -145,8 +143,7 @@ impl JobScheduler {
         if names.is_empty() {
             return wait;
         }
-        let looked = tokio::time::timeout(ANSWER, table::look(&self.process.pool, Some(names))).await;
-        let rows = match looked.unwrap_or(Err(StorageError::NoAnswer(ANSWER))) {
+        let rows = match table::look(&self.process.pool, Some(names)).await {
             Ok(rows) => rows,
             Err(error) => {
                 tracing::warn!(error = chain(&error), "cannot look for jobs that are due");

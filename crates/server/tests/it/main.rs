@@ -18,6 +18,7 @@ mod purge;
 mod receiver;
 mod support;
 mod webhooks;
+mod writers;
 
 /// Makes two tests of each function: one for each kind of workspace lock.
 macro_rules! in_both_modes {

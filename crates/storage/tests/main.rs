@@ -11,4 +11,5 @@ mod providers;
 mod session;
 mod startup;
 mod support;
+mod tenant;
 mod tls;

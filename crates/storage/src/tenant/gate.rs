@@ -238,7 +238,9 @@ impl Gates {
             Some(1) => {}
             None => return Err(Invalid::new("transaction", "a gate is entered inside of one").into()),
             // With the savepoint the gate would be left, and the transaction go on.
-            Some(_) => return Err(Invalid::new("transaction", "a gate is entered outside of savepoints").into()),
+            Some(_) => {
+                return Err(Invalid::new("transaction", "a gate is entered outside of savepoints").into());
+            }
         }
         let keys: Vec<i64> = self.tenants.iter().map(|(key, _)| *key).collect();
         let statement = if cfg!(debug_assertions) {

@@ -40,7 +40,10 @@ impl<L> Gated<L> {
         let Some(tenant) = (self.tenant_of)(&contention.name) else {
             return refused;
         };
-        self.gate.conflict(tenant).await.map_or(refused, AcquireError::from)
+        self.gate
+            .conflict(tenant)
+            .await
+            .map_or(refused, AcquireError::from)
     }
 }
 

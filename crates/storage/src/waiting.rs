@@ -24,7 +24,15 @@ pub(crate) const ANNOUNCE: Duration = Duration::from_secs(10);
 /// The queues of one backend in one process.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Queues {
-    names: Arc<Mutex<HashMap<LockName, VecDeque<Arc<Waiter>>>>>,
+    names: Arc<Mutex<HashMap<LockName, Queue>>>,
+}
+
+/// Those who wait for one name.
+#[derive(Debug, Default)]
+struct Queue {
+    waiters: VecDeque<Arc<Waiter>>,
+    /// When somebody among them last asked, and who had it.
+    told: Option<(Instant, Contention)>,
 }
 
 #[derive(Debug, Default)]
@@ -42,13 +50,13 @@ pub(crate) enum Attempt {
 }
 
 impl Queues {
-    fn names(&self) -> MutexGuard<'_, HashMap<LockName, VecDeque<Arc<Waiter>>>> {
+    fn names(&self) -> MutexGuard<'_, HashMap<LockName, Queue>> {
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Wakes the first waiter of a name that this process has freed.
     pub(crate) fn freed(&self, name: &LockName) {
-        if let Some(first) = self.names().get(name).and_then(VecDeque::front) {
+        if let Some(first) = self.names().get(name).and_then(|queue| queue.waiters.front()) {
             first.held_here.store(false, Ordering::Relaxed);
             first.wake.notify_one();
         }
@@ -57,7 +65,7 @@ impl Queues {
     fn join(&self, name: &LockName) -> Place {
         let waiter = Arc::new(Waiter::default());
         let mut names = self.names();
-        let queue = names.entry(name.clone()).or_default();
+        let queue = &mut names.entry(name.clone()).or_default().waiters;
         queue.push_back(Arc::clone(&waiter));
         if queue.len() == 1 {
             waiter.wake.notify_one();
@@ -68,6 +76,13 @@ impl Queues {
             waiter,
             acquired: false,
         }
+    }
+
+    /// Who had the name when somebody in the line last asked, if that was not before this moment.
+    fn told_since(&self, name: &LockName, start: Instant) -> Option<Contention> {
+        let names = self.names();
+        let (asked, contention) = names.get(name)?.told.as_ref()?;
+        (*asked >= start).then(|| contention.clone())
     }
 
     /// Makes attempts until one succeeds, fails for another reason than contention, or `wait` has passed. Each is told
@@ -87,6 +102,13 @@ impl Queues {
         let mut place = self.join(name);
         let wake = &Arc::clone(&place.waiter).wake;
         let first = tokio::time::timeout_at(deadline, wake.notified()).await.is_ok();
+        // The first in line has asked for all of them: a crowd whose time is over together does not ask together.
+        if !first && let Some(contention) = self.told_since(name, start) {
+            return Err(AcquireError::TimedOut {
+                waited: start.elapsed(),
+                contention,
+            });
+        }
         if first && place.waiter.held_here.load(Ordering::Relaxed) {
             tokio::select! {
                 () = wake.notified() => {}
@@ -97,7 +119,8 @@ impl Queues {
         let (mut announced, mut forgotten) = (start, false);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let until = Instant::now() + left.clamp(LAST_ATTEMPT, ANSWER);
+            let asked = Instant::now();
+            let until = asked + left.clamp(LAST_ATTEMPT, ANSWER);
             let (contention, ends_in) = match attempt(until).await? {
                 Attempt::Acquired(guard) => {
                     place.acquired = true;
@@ -105,6 +128,9 @@ impl Queues {
                 }
                 Attempt::Contended(contention, ends_in) => (contention, ends_in),
             };
+            if let Some(queue) = self.names().get_mut(name) {
+                queue.told = Some((asked, contention.clone()));
+            }
             if !first || Instant::now() >= deadline {
                 return Err(AcquireError::TimedOut {
                     waited: start.elapsed(),
@@ -154,10 +180,12 @@ impl Drop for Place {
             return;
         };
         let was_first = queue
+            .waiters
             .front()
             .is_some_and(|first| Arc::ptr_eq(first, &self.waiter));
-        queue.retain(|waiter| !Arc::ptr_eq(waiter, &self.waiter));
-        match queue.front() {
+        let waiters = &mut queue.waiters;
+        waiters.retain(|waiter| !Arc::ptr_eq(waiter, &self.waiter));
+        match waiters.front() {
             None => {
                 names.remove(&self.name);
             }

@@ -121,8 +121,8 @@ impl LockScope {
         scope.ok_or_else(|| Problem::internal("locks are taken here, but the router has no LockScopeLayer"))
     }
 
-    /// Notes that the response is to say how long the request was willing to wait.
-    pub(crate) fn waits(&self, wait: Duration) {
+    /// Notes that the response is to say, in `Preference-Applied`, how long the request was willing to wait.
+    pub fn waits(&self, wait: Duration) {
         self.state().wait = Some(wait);
     }
 

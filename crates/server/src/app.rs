@@ -17,7 +17,8 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::idempotency::take_fingerprint;
 use crate::state::AppState;
 use crate::{
-    contexts, default_config, feedback_records, jobs, service, tenants, versions, webhooks, workspaces,
+    contexts, default_config, feedback_records, jobs, locks, service, tenants, versions, webhooks,
+    workspaces,
 };
 
 #[derive(OpenApi)]
@@ -40,6 +41,7 @@ use crate::{
         (name = "feedback-records", description = "What users have said: owned by a tenant, erased by user"),
         (name = "webhooks", description = "Where events are sent"),
         (name = "jobs", description = "What runs once a slot, whichever instance does it"),
+        (name = "locks", description = "Locks for programs in any language, by names of their own"),
         (name = "service", description = "What the service says of itself: no credentials needed"),
     ),
 )]
@@ -101,6 +103,11 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(jobs::routes::run))
         .routes(routes!(jobs::routes::pause))
         .routes(routes!(jobs::routes::resume))
+        .routes(routes!(locks::routes::list))
+        .routes(routes!(locks::routes::get, locks::routes::force_release))
+        .routes(routes!(locks::routes::acquire))
+        .routes(routes!(locks::routes::extend))
+        .routes(routes!(locks::routes::release))
         .routes(routes!(service::health))
         .routes(routes!(service::ready))
         .routes(routes!(service::problem))

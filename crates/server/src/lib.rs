@@ -16,6 +16,7 @@ mod failure;
 pub mod feedback_records;
 mod idempotency;
 pub mod jobs;
+pub mod locks;
 pub mod mode;
 pub mod names;
 pub mod paging;

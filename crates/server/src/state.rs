@@ -81,6 +81,8 @@ struct Inner {
     workspace_lock: WorkspaceLock,
     /// The same lock, behind the gates of tenants and with bounds on who may wait.
     locks: Arc<BoundedWaiters>,
+    /// Leases on names of their own, with the same bounds.
+    leases: Arc<BoundedWaiters>,
     written: Arc<Notify>,
     draining: AtomicBool,
 }
@@ -107,11 +109,13 @@ impl AppState {
             }
         };
         let locks = Arc::new(BoundedWaiters::new(inner, settings.waiters));
+        let leases = Arc::new(locks.beside(Arc::new(db.leases())));
         Ok(Self(Arc::new(Inner {
             db,
             settings,
             workspace_lock,
             locks,
+            leases,
             written: Arc::default(),
             draining: AtomicBool::new(false),
         })))
@@ -130,6 +134,11 @@ impl AppState {
     /// The lock that every write of a workspace takes.
     pub fn locks(&self) -> Arc<dyn DistributedLock> {
         Arc::clone(&self.0.locks) as _
+    }
+
+    /// The lock behind the lock endpoints.
+    pub(crate) fn leases(&self) -> &BoundedWaiters {
+        &self.0.leases
     }
 
     pub(crate) fn workspace_lock(&self) -> &WorkspaceLock {
@@ -165,7 +174,7 @@ fn tenant_of(name: &LockName) -> Option<&str> {
     name.parts().nth(1)
 }
 
-fn workspaces_table() -> Result<leasehold_storage::LeaseTable, Invalid> {
+pub(crate) fn workspaces_table() -> Result<leasehold_storage::LeaseTable, Invalid> {
     RowLeaseTable::new("public", "workspaces", "workspace")
         .key_column("tenant_id")
         .key_column("name")

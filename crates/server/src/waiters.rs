@@ -4,6 +4,7 @@
 //! to come back later instead.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use leasehold_domain::{
 pub struct BoundedWaiters {
     inner: Arc<dyn DistributedLock>,
     limits: Limits,
-    waiting: Mutex<Waiting>,
+    waiting: Arc<Mutex<Waiting>>,
 }
 
 /// How many may wait.
@@ -33,6 +34,7 @@ pub struct Limits {
 struct Waiting {
     total: usize,
     by_tenant: HashMap<String, usize>,
+    by_name: HashMap<LockName, usize>,
 }
 
 impl BoundedWaiters {
@@ -41,8 +43,23 @@ impl BoundedWaiters {
         Self {
             inner,
             limits,
-            waiting: Mutex::default(),
+            waiting: Arc::default(),
         }
+    }
+
+    /// Puts `inner` under the same bounds: those who wait for either of them count together.
+    pub fn beside(&self, inner: Arc<dyn DistributedLock>) -> Self {
+        Self {
+            inner,
+            limits: self.limits,
+            waiting: Arc::clone(&self.waiting),
+        }
+    }
+
+    /// How many wait for this name in this process.
+    pub fn waiting_for(&self, name: &LockName) -> usize {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.by_name.get(name).copied().unwrap_or_default()
     }
 
     /// A place among the waiters, until it is dropped.
@@ -58,7 +75,13 @@ impl BoundedWaiters {
         }
         waiting.total += 1;
         waiting.by_tenant.insert(tenant.clone(), of_tenant + 1);
-        Ok(Place { lock: self, tenant })
+        *waiting.by_name.entry(name.clone()).or_default() += 1;
+        let name = name.clone();
+        Ok(Place {
+            lock: self,
+            tenant,
+            name,
+        })
     }
 }
 
@@ -73,17 +96,24 @@ impl std::fmt::Debug for BoundedWaiters {
 struct Place<'a> {
     lock: &'a BoundedWaiters,
     tenant: String,
+    name: LockName,
 }
 
 impl Drop for Place<'_> {
     fn drop(&mut self) {
         let mut waiting = self.lock.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         waiting.total -= 1;
-        if let Some(count) = waiting.by_tenant.get_mut(&self.tenant) {
-            *count -= 1;
-            if *count == 0 {
-                waiting.by_tenant.remove(&self.tenant);
-            }
+        one_less(&mut waiting.by_tenant, &self.tenant);
+        one_less(&mut waiting.by_name, &self.name);
+    }
+}
+
+/// Nothing is kept of those that nobody waits for.
+fn one_less<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
         }
     }
 }
@@ -136,12 +166,19 @@ mod tests {
         assert!(lock.enter(&name("a")).is_err(), "the tenant is full");
         let other = lock.enter(&name("b")).unwrap();
         assert!(lock.enter(&name("c")).is_err(), "all places are taken");
+        let second = lock.beside(Arc::new(leasehold_domain::MemoryLock::new()));
+        assert!(second.enter(&name("c")).is_err(), "also for another lock");
+        assert_eq!(
+            (lock.waiting_for(&name("a")), lock.waiting_for(&name("c"))),
+            (2, 0)
+        );
 
         drop(places);
         assert!(lock.enter(&name("a")).is_ok());
         drop(other);
         assert!(
-            lock.waiting.lock().unwrap().by_tenant.is_empty(),
+            lock.waiting.lock().unwrap().by_tenant.is_empty()
+                && lock.waiting.lock().unwrap().by_name.is_empty(),
             "nothing is kept of tenants that do not wait"
         );
     }

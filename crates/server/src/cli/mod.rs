@@ -3,9 +3,12 @@
 mod documents;
 mod jobs;
 mod keys;
+mod locks;
 mod migrate;
 mod postgres;
+mod run;
 mod serve;
+mod terminal;
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -13,6 +16,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use leasehold_domain::Holder;
 
 use crate::config::ServeConfig;
 
@@ -44,6 +48,10 @@ enum Command {
     Keys(keys::KeysArgs),
     /// Look at what runs once a slot, and intervene
     Jobs(jobs::JobsArgs),
+    /// Look at locks, and take them away
+    Locks(locks::LocksArgs),
+    /// Run a command under a lock
+    Run(run::RunArgs),
     /// Print the document that describes the API
     #[command(hide = true)]
     Openapi,
@@ -76,6 +84,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Migrate(args) => migrate::run(&args),
         Command::Keys(args) => keys::run(&args),
         Command::Jobs(args) => jobs::run(&args),
+        Command::Locks(args) => locks::run(&args),
+        Command::Run(args) => return run::run(&args),
         Command::Openapi => documents::openapi(),
         Command::Schema(args) => documents::schema(&args),
     };
@@ -100,12 +110,21 @@ fn with_default(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
 }
 
 fn refuse(why: &str) -> ExitCode {
-    drop(writeln!(std::io::stderr(), "error: {why}"));
+    say(&format!("error: {why}"));
     ExitCode::from(USAGE)
 }
 
-/// An error with all its causes, in one line.
 fn complain(error: &dyn Error) {
+    say(&format!("error: {}", in_one_line(error)));
+}
+
+/// Prints a line to standard error, which may be closed.
+fn say(line: &str) {
+    drop(writeln!(std::io::stderr(), "{line}"));
+}
+
+/// An error with all its causes.
+fn in_one_line(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -116,7 +135,19 @@ fn complain(error: &dyn Error) {
         }
         source = cause.source();
     }
-    drop(writeln!(std::io::stderr(), "error: {text}"));
+    text
+}
+
+/// Who a command's locks are held by, and who takes others' away: user@host.
+fn owner() -> String {
+    let user = ["USER", "LOGNAME"]
+        .into_iter()
+        .find_map(|name| std::env::var(name).ok());
+    let user = user.unwrap_or_else(|| format!("uid-{}", rustix::process::getuid().as_raw()));
+    let system = rustix::system::uname();
+    let mut owner = format!("{user}@{}", system.nodename().to_string_lossy());
+    owner.truncate(owner.floor_char_boundary(Holder::MAX_FIELD_BYTES));
+    owner
 }
 
 /// Prints to standard output. Whoever closed it early has seen enough.

@@ -22,6 +22,8 @@ use crate::{app, demo, idempotency, mode, schema, telemetry};
 
 /// How often unused rows of lock names are looked for.
 const RETENTION_PERIOD: Duration = Duration::from_secs(60 * 60);
+/// How long the lock ids that clients have chosen are known after the end of their locks, so that none is granted twice.
+const LOCK_IDS_KEPT: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long the background work of the locks may take to end, after the requests have.
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
@@ -227,6 +229,10 @@ async fn remove_unused_leases(db: Database, retention: Duration) {
         match db.leases().remove_unused(retention).await {
             Ok(removed) => tracing::debug!(removed, "rows of unused lock names were removed"),
             Err(error) => tracing::warn!(%error, "rows of unused lock names could not be removed"),
+        }
+        match db.client_leases().forget(LOCK_IDS_KEPT).await {
+            Ok(forgotten) => tracing::debug!(forgotten, "lock ids of clients were forgotten"),
+            Err(error) => tracing::warn!(%error, "lock ids of clients could not be forgotten"),
         }
     }
 }

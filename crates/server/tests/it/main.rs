@@ -13,6 +13,7 @@ mod idempotency;
 mod isolation;
 mod jobs_api;
 mod locking;
+mod locks;
 mod operations;
 mod purge;
 mod receiver;

@@ -125,6 +125,7 @@ macro_rules! lock_conformance {
             writer_that_gives_up_lets_readers_in
             multi_sorted_deduped
             multi_partial_failure_releases
+            multi_stops_at_a_loss
             multi_refuses_before_it_takes
             multi_of_nothing
             multi_drop_frees

@@ -1,12 +1,13 @@
 //! [`DistributedLock`]: what every backend does; [`DistributedLockExt`]: what its users get on top.
 
+use std::task::Poll;
 use std::time::Duration;
 
 use async_trait::async_trait;
 
 use crate::{
-    AcquireError, ExtendError, HeldLock, Holder, LockGuard, LockId, LockName, LockRequest, ReleaseError,
-    ResumeError, Unavailable, WithLockError,
+    AcquireError, ExtendError, HeldLock, Holder, Invalid, LockGuard, LockId, LockName, LockRequest,
+    ReleaseError, ResumeError, Unavailable, WithLockError,
 };
 
 /// The `ttl` of [`with_session_lock`] when the caller names none: 30 seconds.
@@ -166,7 +167,8 @@ pub trait DistributedLockExt: DistributedLock {
     /// with the same name the first counts.
     ///
     /// # Errors
-    /// That of the first lock that could not be acquired; the others are released by then.
+    /// That of the first lock that could not be acquired; [`AcquireError::Unavailable`] when one was lost while the
+    /// others were waited for. Those that are held are released by then.
     ///
     /// # Cancel safety
     /// What was acquired is released in the background.
@@ -184,13 +186,23 @@ pub trait DistributedLockExt: DistributedLock {
             let start = tokio::time::Instant::now();
             let mut guards = LockGuards(Vec::with_capacity(requests.len()));
             for request in &requests {
-                match self.acquire(request, wait.saturating_sub(start.elapsed())).await {
+                let left = wait.saturating_sub(start.elapsed());
+                let acquired = tokio::select! {
+                    biased;
+                    () = guards.one_lost() => Err(lost_meanwhile()),
+                    acquired = self.acquire(request, left) => acquired,
+                };
+                match acquired {
                     Ok(guard) => guards.0.push(guard),
                     Err(error) => {
                         self.release_all(guards).await;
                         return Err(error);
                     }
                 }
+            }
+            if guards.iter().any(LockGuard::is_lost) {
+                self.release_all(guards).await;
+                return Err(lost_meanwhile());
             }
             Ok(guards)
         }
@@ -224,6 +236,20 @@ impl LockGuards {
     pub fn iter(&self) -> std::slice::Iter<'_, LockGuard> {
         self.0.iter()
     }
+
+    /// Waits until one of them is lost; for ever where there is none.
+    async fn one_lost(&self) {
+        let mut all: Vec<_> = self.iter().map(|guard| Box::pin(guard.lost())).collect();
+        std::future::poll_fn(|context| {
+            let lost = all.iter_mut().any(|lost| lost.as_mut().poll(context).is_ready());
+            if lost { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+}
+
+fn lost_meanwhile() -> AcquireError {
+    AcquireError::Unavailable(Unavailable::new("a lock was lost while others were waited for"))
 }
 
 /// Runs `work` while the session `thread` of `tenant` is locked: one turn of a conversation at a time.
@@ -232,7 +258,8 @@ impl LockGuards {
 /// [`DEFAULT_SESSION_WAIT`].
 ///
 /// # Errors
-/// As [`DistributedLockExt::with_lock`]; also when `tenant` or `thread` make no valid name.
+/// As [`DistributedLockExt::with_lock`]; also when `tenant` or `thread` make no valid name. The tenant is the
+/// holder as well, and has at most 256 bytes.
 ///
 /// # Cancel safety
 /// As [`DistributedLockExt::with_lock`].
@@ -249,6 +276,10 @@ where
     W: AsyncFnOnce(&LockGuard) -> T,
 {
     let name = LockName::new(["session", tenant, thread]).map_err(AcquireError::Invalid)?;
+    if tenant.len() > Holder::MAX_FIELD_BYTES {
+        let reason = format!("its tenant has more than {} bytes", Holder::MAX_FIELD_BYTES);
+        return Err(AcquireError::Invalid(Invalid::new("name", reason)).into());
+    }
     let request =
         LockRequest::new(name, Holder::new(tenant, "session")).with_ttl(ttl.unwrap_or(DEFAULT_SESSION_TTL));
     lock.with_lock(&request, wait.unwrap_or(DEFAULT_SESSION_WAIT), work)

@@ -6,9 +6,9 @@ use std::time::Duration;
 use leasehold_domain::{AcquireError, DistributedLockExt, LockGuard};
 use tokio::task::JoinSet;
 
-use super::{becomes_free, give_back, refused, request, take};
+use super::{SHORT_TTL, becomes_free, give_back, refused, request, take};
 use crate::Provider;
-use crate::patience::{LONG_WAIT, within_cap};
+use crate::patience::{LONG_WAIT, until_none, within_cap};
 
 /// They are taken in the order of their names, each once, however they were listed.
 pub async fn multi_sorted_deduped<P: Provider>(provider: &P) {
@@ -61,6 +61,28 @@ pub async fn multi_partial_failure_releases<P: Provider>(provider: &P) {
         }
         give_back(&*other, guard).await;
     }
+}
+
+/// When one is lost while the next is waited for, there is no point in waiting on.
+pub async fn multi_stops_at_a_loss<P: Provider>(provider: &P) {
+    let (one, other) = (provider.process().await, provider.process().await);
+    let first = request(&provider.name("loss of several", "1").await).with_ttl(SHORT_TTL);
+    let second = request(&provider.name("loss of several", "2").await);
+    let held = take(&*other, &second).await;
+    let trouble = async {
+        until_none("the first is not taken", async || {
+            let taken = other.inspect(first.name()).await.expect("it can be asked for");
+            taken.is_none().then_some("free")
+        })
+        .await;
+        provider.lose(first.name()).await;
+    };
+    let several = one.acquire_all(vec![first.clone(), second], LONG_WAIT);
+    let (acquired, ()) = within_cap("the loss", async { tokio::join!(several, trouble) }).await;
+    let error = acquired.expect_err("one is held and the other lost");
+    assert!(matches!(error, AcquireError::Unavailable(_)), "{error:?}");
+    give_back(&*other, held).await;
+    becomes_free(&*other, &first).await;
 }
 
 /// One request out of bounds, and nothing is sent for any.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use leasehold_domain::{
     AcquireError, DEFAULT_SESSION_TTL, DEFAULT_SESSION_WAIT, DistributedLock, DistributedLockExt, Holder,
     LockGuard, LockName, LockRequest, MemoryLock, MockDistributedLock, ReleaseError, Released, Unavailable,
@@ -68,6 +69,48 @@ async fn a_session_without_a_thread_is_invalid() {
     assert!(
         matches!(error, WithLockError::Acquire(AcquireError::Invalid(invalid)) if invalid.field() == "name")
     );
+}
+
+/// The tenant is the holder as well, which has less room than a name. It is the name that the caller gave.
+#[tokio::test]
+async fn a_session_of_a_tenant_that_is_too_long_is_invalid() {
+    let lock = MemoryLock::new();
+    let longest = "t".repeat(Holder::MAX_FIELD_BYTES);
+    let answer = with_session_lock(&lock, &longest, "thread-1", None, None, async |_| 1);
+    assert_eq!(answer.await.unwrap(), 1);
+    let longer = longest + "t";
+    let answer = with_session_lock(&lock, &longer, "thread-1", None, None, async |_| 1);
+    let error = answer.await.unwrap_err();
+    assert!(
+        matches!(&error, WithLockError::Acquire(AcquireError::Invalid(invalid)) if invalid.field() == "name"),
+        "{error:?}"
+    );
+}
+
+/// The last was had, and the first is gone: that is no success.
+#[tokio::test]
+async fn locks_of_which_one_was_lost_meanwhile_are_not_had() {
+    let memory = MemoryLock::new();
+    let mut lock = MockDistributedLock::new();
+    let (grants, releases) = (memory.clone(), memory.clone());
+    lock.expect_acquire().returning(move |request, _| {
+        let guard = grants.try_acquire(request).now_or_never().unwrap();
+        if request.name().to_string() == "b" {
+            grants.lose(&LockName::new(["a"]).unwrap());
+        }
+        guard
+    });
+    lock.expect_release()
+        .times(2)
+        .returning(move |guard| releases.release(guard).now_or_never().unwrap());
+    let requests =
+        ["a", "b"].map(|item| LockRequest::new(LockName::new([item]).unwrap(), Holder::new("o", "op")));
+    let error = lock
+        .acquire_all(requests.to_vec(), Duration::ZERO)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, AcquireError::Unavailable(_)), "{error:?}");
+    assert!(memory.is_idle());
 }
 
 #[tokio::test]

@@ -13,6 +13,7 @@ use crate::lease::row::{PgLeaseLock, RowLease};
 use crate::lease::table::LeaseTable;
 use crate::pool::Pool;
 use crate::process::Process;
+use crate::queue::PgWorkQueue;
 use crate::startup::{self, Findings, StartupError};
 use crate::tenant::TenantGate;
 
@@ -78,6 +79,11 @@ impl Database {
     /// statements in.
     pub fn transaction_locks(&self) -> PgTransactionLock {
         PgTransactionLock::new(Arc::clone(&self.process))
+    }
+
+    /// The queue of work in `leasehold.work_items`.
+    pub fn work_queue(&self) -> PgWorkQueue {
+        PgWorkQueue::new(Arc::clone(&self.process))
     }
 
     /// The gates of tenants, which many writers share and one drain has alone.

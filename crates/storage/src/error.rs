@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection};
-use leasehold_domain::{AcquireError, ExtendError, LockId, ReleaseError, ResumeError, Unavailable};
+use leasehold_domain::{AcquireError, ExtendError, LockId, QueueError, ReleaseError, ResumeError, Unavailable};
 
 /// Why a statement did not do its work.
 ///
@@ -105,6 +105,16 @@ impl From<StorageError> for ReleaseError {
 impl From<StorageError> for ResumeError {
     fn from(error: StorageError) -> Self {
         Self::Unavailable(error.into())
+    }
+}
+
+impl From<StorageError> for QueueError {
+    fn from(error: StorageError) -> Self {
+        if error.is_outcome_unknown() {
+            Self::OutcomeUnknown(error.into())
+        } else {
+            Self::Unavailable(error.into())
+        }
     }
 }
 

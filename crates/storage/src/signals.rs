@@ -56,6 +56,8 @@ struct Names {
     wanted: Recent,
     /// Names that this process released.
     released: Recent,
+    /// Names under which this process has added something, and nobody was told.
+    added: Recent,
     /// Waiters of this process.
     waiting: HashMap<i64, Arc<Notify>>,
 }
@@ -65,6 +67,7 @@ impl Default for Names {
         Self {
             wanted: Recent::within(WAITERS_FORGOTTEN),
             released: Recent::within(RECENT),
+            added: Recent::within(RECENT),
             waiting: HashMap::new(),
         }
     }
@@ -143,6 +146,25 @@ impl Signals {
             let mut names = self.state.names();
             names.released.note(key);
             names.wanted.take(key)
+        };
+        if wanted {
+            // Without a listener nobody hears; the waiters poll.
+            drop(self.outbox.send(Message::Free(key)));
+        }
+    }
+
+    /// Says that there is something to be had under a name, to those who wait for it here and elsewhere. Never blocks.
+    pub(crate) fn added(&self, key: i64) {
+        let wanted = {
+            let mut names = self.state.names();
+            if let Some(waiter) = names.waiting.get(&key) {
+                waiter.notify_one();
+            }
+            let wanted = names.wanted.take(key);
+            if !wanted {
+                names.added.note(key);
+            }
+            wanted
         };
         if wanted {
             // Without a listener nobody hears; the waiters poll.
@@ -278,7 +300,8 @@ async fn listen(
                     let just_released = {
                         let mut names = state.names();
                         names.wanted.note(key);
-                        names.released.has(key)
+                        // What was added is told once: who waits for more of it would be told the same again.
+                        names.released.has(key) || names.added.take(key)
                     };
                     if just_released && let Some(client) = replies.upgrade() {
                         notify(&client, &signal(FREE_CHANNEL, key)).await;

@@ -8,6 +8,7 @@ mod keys;
 mod leases;
 mod migrate;
 mod providers;
+mod queue;
 mod session;
 mod startup;
 mod support;

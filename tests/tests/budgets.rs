@@ -6,11 +6,12 @@ use futures_util::StreamExt;
 use leasehold_domain::{AcquireError, DistributedLock, Durability, LockGuard};
 use leasehold_storage::{Database, RowLeaseTable};
 use leasehold_system_tests::database::TestDatabase;
-use leasehold_system_tests::http::Api;
+use leasehold_system_tests::http::{Api, Call, post};
 use leasehold_system_tests::patience::{eventually, in_time};
 use leasehold_system_tests::proxy::{Proxy, Traffic};
 use leasehold_system_tests::service::{Service, make_key};
 use leasehold_system_tests::wal::DurableServer;
+use serde_json::json;
 
 use crate::bench::{
     Bench, Failure, MODES, Mode, create_table, for_a_write, insert, named, write_guarded, write_under,
@@ -257,12 +258,17 @@ async fn heavy_two_thousand_session_locks_need_at_most_four_connections() {
     .await;
 }
 
-/// What one PUT costs. A ping of a lock session may fall among some, so it is the least of several.
+/// What one PUT costs.
 async fn put_over_http(api: &Api, proxy: &Proxy) -> Traffic {
+    over_http(api, proxy, 200, |value| put_key("key", value)).await
+}
+
+/// What one call costs. A ping of a lock session may fall among some, so it is the least of several.
+async fn over_http(api: &Api, proxy: &Proxy, status: u16, call: impl Fn(i64) -> Call) -> Traffic {
     let mut least: Option<Traffic> = None;
     for value in 0..5 {
-        let (answer, traffic) = proxy.watch(api.send(put_key("key", value))).await;
-        answer.expect(200);
+        let (answer, traffic) = proxy.watch(api.send(call(value))).await;
+        answer.expect(status);
         if least
             .as_ref()
             .is_none_or(|least| traffic.round_trips < least.round_trips)
@@ -318,6 +324,24 @@ async fn a_put_over_http_in_advisory_mode_costs_one_round_trip_more() {
     // The gate and the lock are one.
     let traffic = put_over_http(&world.api, &proxy).await;
     assert_guarded_put(&traffic, &["pg_try_advisory_xact_lock"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_feedback_record_without_a_key_is_made_in_one_round_trip() {
+    let (world, proxy) = World::behind_a_proxy("lease").await;
+    let record = |value| {
+        let new = json!({"tenant_id": "acme", "user_id": "alice", "value": value});
+        post("/v1/feedback-records", &new)
+    };
+    let traffic = over_http(&world.api, &proxy, 201, record).await;
+    // The key is asked for, and that is it: gate, record and event are one statement and its own transaction.
+    assert_eq!(traffic.count("FROM credentials"), 1, "{traffic:#?}");
+    assert_eq!(traffic.count("INSERT INTO feedback_records"), 1, "{traffic:#?}");
+    assert_eq!(
+        (traffic.statements.len(), traffic.round_trips),
+        (2, 2),
+        "{traffic:#?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

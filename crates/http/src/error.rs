@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 
 use leasehold_domain::{
-    AcquireError, Contention, ExtendError, Invalid, ReleaseError, ResumeError, TenantConflict,
+    AcquireError, Contention, ExtendError, Invalid, QueueError, ReleaseError, ResumeError, TenantConflict,
     TenantConflictReason, Unavailable, WithLockError,
 };
 
@@ -118,6 +118,18 @@ impl From<WithLockError> for Problem {
             WithLockError::Acquire(error) => error.into(),
             // Unlike a fenced transaction, plain work under a lock may have had effects before the loss.
             WithLockError::Lost => Self::new(Code::LockLost, "the lock was lost before the work was done"),
+        }
+    }
+}
+
+impl From<QueueError> for Problem {
+    fn from(error: QueueError) -> Self {
+        match error {
+            QueueError::Invalid(invalid) => invalid.into(),
+            QueueError::Unavailable(source) => source.into(),
+            QueueError::OutcomeUnknown(source) => {
+                Self::new(Code::OutcomeUnknown, "whether the work queue was changed is unknown").because(source)
+            }
         }
     }
 }

@@ -17,7 +17,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::idempotency::take_fingerprint;
 use crate::state::AppState;
 use crate::{
-    contexts, default_config, feedback_records, jobs, locks, service, tenants, versions, webhooks,
+    contexts, default_config, feedback_records, jobs, locks, service, tenants, versions, webhooks, work_items,
     workspaces,
 };
 
@@ -40,8 +40,9 @@ use crate::{
         (name = "versions", description = "What was written, and the way back"),
         (name = "feedback-records", description = "What users have said: owned by a tenant, erased by user"),
         (name = "webhooks", description = "Where events are sent"),
-        (name = "jobs", description = "What runs once a slot, whichever instance does it"),
         (name = "locks", description = "Locks for programs in any language, by names of their own"),
+        (name = "work", description = "What is still to be done, and what was given up"),
+        (name = "jobs", description = "What runs once a slot, whichever instance does it"),
         (name = "service", description = "What the service says of itself: no credentials needed"),
     ),
 )]
@@ -99,15 +100,19 @@ fn routes() -> OpenApiRouter<AppState> {
             webhooks::routes::patch,
             webhooks::routes::delete
         ))
-        .routes(routes!(jobs::routes::list))
-        .routes(routes!(jobs::routes::run))
-        .routes(routes!(jobs::routes::pause))
-        .routes(routes!(jobs::routes::resume))
         .routes(routes!(locks::routes::list))
         .routes(routes!(locks::routes::get, locks::routes::force_release))
         .routes(routes!(locks::routes::acquire))
         .routes(routes!(locks::routes::extend))
         .routes(routes!(locks::routes::release))
+        .routes(routes!(work_items::routes::list))
+        .routes(routes!(work_items::routes::list_dead))
+        .routes(routes!(work_items::routes::redrive))
+        .routes(routes!(work_items::routes::stats))
+        .routes(routes!(jobs::routes::list))
+        .routes(routes!(jobs::routes::run))
+        .routes(routes!(jobs::routes::pause))
+        .routes(routes!(jobs::routes::resume))
         .routes(routes!(service::health))
         .routes(routes!(service::ready))
         .routes(routes!(service::problem))

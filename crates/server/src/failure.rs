@@ -1,6 +1,7 @@
 //! [`Failure`]: why work on the database ended early, and what the client is told.
 
 use diesel::result::{DatabaseErrorKind, Error};
+use leasehold_domain::QueueError;
 use leasehold_http::{Code, Problem};
 use leasehold_storage::tenant::EnterError;
 
@@ -35,6 +36,12 @@ impl From<EnterError> for Failure {
             EnterError::Invalid(invalid) => Self::Refused(Problem::internal(invalid)),
             EnterError::Database(error) => Self::Database(error),
         }
+    }
+}
+
+impl From<QueueError> for Failure {
+    fn from(error: QueueError) -> Self {
+        Self::Refused(error.into())
     }
 }
 

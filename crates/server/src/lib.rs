@@ -29,6 +29,7 @@ pub mod versions;
 pub mod waiters;
 pub mod webhooks;
 mod work;
+pub mod work_items;
 pub mod workspaces;
 
 pub use state::{AppState, Settings, instance, workspace_lock_name};

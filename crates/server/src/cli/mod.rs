@@ -6,6 +6,7 @@ mod keys;
 mod locks;
 mod migrate;
 mod postgres;
+mod queue;
 mod run;
 mod serve;
 mod terminal;
@@ -48,6 +49,8 @@ enum Command {
     Keys(keys::KeysArgs),
     /// Look at what runs once a slot, and intervene
     Jobs(jobs::JobsArgs),
+    /// Look at what is to be done, and at what was given up
+    Queue(queue::QueueArgs),
     /// Look at locks, and take them away
     Locks(locks::LocksArgs),
     /// Run a command under a lock
@@ -84,6 +87,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Migrate(args) => migrate::run(&args),
         Command::Keys(args) => keys::run(&args),
         Command::Jobs(args) => jobs::run(&args),
+        Command::Queue(args) => queue::run(&args),
         Command::Locks(args) => locks::run(&args),
         Command::Run(args) => return run::run(&args),
         Command::Openapi => documents::openapi(),

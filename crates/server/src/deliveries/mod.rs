@@ -5,6 +5,8 @@
 //! arrives or is given up, and [`health`] looks now and then who can be reached at all.
 
 mod client;
+mod event;
+mod fan_out;
 mod health;
 mod signature;
 mod store;
@@ -13,9 +15,11 @@ mod target;
 use std::time::Duration;
 
 use leasehold_storage::RunningJobs;
+use tokio::task::JoinSet;
 
 use crate::state::AppState;
 use client::HttpClient;
+pub(crate) use event::KIND;
 
 /// Why deliveries could not be started.
 pub type StartError = Box<dyn std::error::Error + Send + Sync>;
@@ -24,6 +28,7 @@ pub type StartError = Box<dyn std::error::Error + Send + Sync>;
 /// others when its claims have expired.
 #[derive(Debug)]
 pub struct Deliveries {
+    fan_out: JoinSet<()>,
     jobs: RunningJobs,
 }
 
@@ -43,7 +48,9 @@ impl Deliveries {
         };
         jobs.register(health::job()?, check)?;
         let jobs = jobs.start().await?;
-        Ok(Self { jobs })
+        let mut fan_out = JoinSet::new();
+        fan_out.spawn(fan_out::run(db, state.written()));
+        Ok(Self { fan_out, jobs })
     }
 
     /// Begins nothing more, and waits for what was begun, up to `grace`; what has not ended by then is given back.
@@ -51,6 +58,8 @@ impl Deliveries {
     /// # Cancel safety
     /// As if it was dropped.
     pub async fn stop(self, grace: Duration) {
+        // What it had taken and not handed on yet stays where it was.
+        drop(self.fan_out);
         self.jobs.stop(grace).await;
     }
 }

@@ -16,6 +16,7 @@ mod locking;
 mod locks;
 mod operations;
 mod purge;
+mod queue_api;
 mod receiver;
 mod support;
 mod webhooks;

@@ -86,6 +86,7 @@ fn state(db: Database, lock_mode: WorkspaceLockMode) -> Result<AppState> {
         write_hold: seconds(60),
         batch_hold: seconds(1200),
         max_wait: seconds(30),
+        purge_wait: seconds(5),
         waiters: Limits {
             total: 10_000,
             per_tenant: 1_000,

@@ -182,7 +182,9 @@ impl PgTransactionLock {
         // What this process holds needs no connection to be refused, but for the question of the gate, which comes first.
         if let Some(hold) = self.process.holds.transaction(name) {
             if let Some(tenant) = tenant
-                && let Some(conflict) = TenantGate::new(Arc::clone(&self.process)).conflict(tenant).await
+                && let Some(conflict) = TenantGate::new(Arc::clone(&self.process))
+                    .conflict(tenant, until)
+                    .await
             {
                 return Err(conflict.into());
             }
@@ -283,7 +285,8 @@ impl PgTransactionLock {
     /// Takes a lock away from its holder by ending the holder's database session, which rolls its transaction
     /// back, and records who did it and why in `leasehold.lock_audit`.
     ///
-    /// Answers the hold that was ended, or `None` when nobody held the lock.
+    /// Answers the hold that was ended, or `None` when no transaction held the lock: a session lock of the same key,
+    /// whose session has other locks as well, is left alone.
     ///
     /// # Errors
     /// [`Unavailable`] when the database cannot be asked, or does not let this role end that session.
@@ -336,13 +339,17 @@ impl PgTransactionLock {
 /// How long the statement waits for the end of the session.
 const TERMINATION: Duration = Duration::from_secs(5);
 
-/// Looks once more that the session still has the lock: it may serve somebody else by now.
+/// Looks once more that the session still has the lock: it may serve somebody else by now. A transaction that has one of
+/// ours has an id, and with that a lock on its id, which the session of a session lock never has.
+/// <https://www.postgresql.org/docs/current/view-pg-locks.html>
 const TERMINATE: &str = "\
 WITH ended AS MATERIALIZED (
     SELECT pg_terminate_backend(l.pid, 5000) AS done FROM pg_locks AS l
     WHERE l.pid = $1 AND l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
       AND (l.classid::bigint << 32) | l.objid::bigint = $2
+      AND EXISTS (SELECT FROM pg_locks AS t
+                  WHERE t.pid = l.pid AND t.locktype = 'transactionid' AND t.mode = 'ExclusiveLock' AND t.granted)
 ), audited AS (
     INSERT INTO leasehold.lock_audit (name, released_by, reason, lock_id, operation, locked_by, acquired_at)
     SELECT $3, $4, $5, $6, $7, $8, $9 FROM ended WHERE done

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::gate::{GateError, TenantGate, key_of};
 use crate::error::StorageError;
+use crate::pool::ANSWER;
 use crate::statement::Prepared;
 use crate::transaction;
 
@@ -69,9 +70,12 @@ impl TenantGate {
         let drain = diesel::sql_query(DRAIN)
             .bind::<Text, _>(tenant)
             .bind::<Integer, _>(millis);
-        let Outcome { outcome, transaction } = Prepared(drain)
-            .get_result(checkout.conn())
+        // The server keeps the time, unless it is one that gives no answer at all.
+        let bound = timeout + ANSWER;
+        let answer = tokio::time::timeout(bound, Prepared(drain).get_result(checkout.conn()));
+        let Outcome { outcome, transaction } = answer
             .await
+            .map_err(|_| StorageError::NoAnswer(bound))?
             .map_err(StorageError::from)?;
         let waited = start.elapsed();
         metrics::histogram!("leasehold_tenant_drain_wait_seconds").record(waited);
@@ -103,4 +107,25 @@ fn whole_millis(timeout: Duration) -> Result<i32, Invalid> {
     }
     let millis = timeout.as_nanos().div_ceil(1_000_000);
     i32::try_from(millis).map_err(|_| Invalid::new("timeout", "must be from 1 ms to 1 hour"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timeout_is_whole_milliseconds_and_never_none() {
+        for (micros, millis) in [
+            (999, None),
+            (1000, Some(1)),
+            (1001, Some(2)),
+            (1400, Some(2)),
+            (2000, Some(2)),
+            (3_600_000_000, Some(3_600_000)),
+            (3_600_000_001, None),
+        ] {
+            let timeout = whole_millis(Duration::from_micros(micros));
+            assert_eq!(timeout.ok(), millis, "{micros}");
+        }
+    }
 }

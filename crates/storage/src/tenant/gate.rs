@@ -9,10 +9,12 @@ use diesel::pg::sql_types::Array;
 use diesel::sql_types::{BigInt, Bool, Nullable, Text};
 use diesel_async::{AnsiTransactionManager, AsyncPgConnection, RunQueryDsl, TransactionManager};
 use leasehold_domain::{Invalid, TenantConflict, TenantConflictReason};
+use tokio::time::{Instant, timeout};
 
 use crate::advisory::AdvisoryKey;
 use crate::advisory::compat;
 use crate::error::StorageError;
+use crate::pool::ANSWER;
 use crate::process::Process;
 use crate::statement::Prepared;
 use crate::transaction::{self, TransactionError};
@@ -93,9 +95,10 @@ impl TenantGate {
         let gates = Gates::of(tenants)?;
         let pool = &self.process.pool;
         let mut checkout = transaction::begin(pool.checkout().await?).await?;
-        let id = match gates.enter(checkout.conn()).await {
-            Ok(id) => id,
-            Err(refused) => {
+        let id = match timeout(ANSWER, gates.enter(checkout.conn())).await {
+            Ok(Ok(id)) => id,
+            Err(_) => return Err(StorageError::NoAnswer(ANSWER).into()),
+            Ok(Err(refused)) => {
                 transaction::rollback(checkout).await;
                 return Err(refused.into());
             }
@@ -149,14 +152,14 @@ impl TenantGate {
         key_of(tenant)
     }
 
-    /// The conflict that a write of the tenant would meet now, if any. One round trip. Who cannot be told is not held up:
-    /// the write itself asks again.
+    /// The conflict that a write of the tenant would meet now, if any. One round trip. Who cannot be told by that moment
+    /// is not held up: the write itself asks again.
     ///
     /// # Cancel safety
     /// Nothing is left behind.
-    pub(crate) async fn conflict(&self, tenant: &str) -> Option<TenantConflict> {
+    pub(crate) async fn conflict(&self, tenant: &str, until: Instant) -> Option<TenantConflict> {
         let key = key_of(tenant).ok()?;
-        let open = self.process.pool.run(async |conn| {
+        let open = self.process.pool.ask_until(until, async |conn| {
             let ask = diesel::sql_query("SELECT pg_try_advisory_xact_lock_shared($1) AS open")
                 .bind::<BigInt, _>(key);
             let row: Open = Prepared(ask).get_result(conn).await?;

@@ -8,8 +8,10 @@ use leasehold_domain::{
     AcquireError, DistributedLock, ExtendError, HeldLock, LockGuard, LockId, LockName, LockRequest,
     ReleaseError, Released, ResumeError, Unavailable,
 };
+use tokio::time::Instant;
 
 use super::gate::TenantGate;
+use crate::pool::ANSWER;
 
 /// The tenant behind whose gate a name stands, if any.
 pub type TenantOf = fn(&LockName) -> Option<&str>;
@@ -41,7 +43,7 @@ impl<L> Gated<L> {
             return refused;
         };
         self.gate
-            .conflict(tenant)
+            .conflict(tenant, Instant::now() + ANSWER)
             .await
             .map_or(refused, AcquireError::from)
     }

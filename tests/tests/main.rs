@@ -18,5 +18,4 @@ mod idempotency;
 mod leaks;
 mod locked;
 mod purge_race;
-mod run;
 mod world;

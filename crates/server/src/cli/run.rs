@@ -277,7 +277,9 @@ async fn attend(
             status = child.wait() => break status.map(Some),
             () = guard.lost() => break end(&mut child, group).await.map(|_| None),
             // It may have ended.
-            signal = signals.next() => drop(kill_process_group(group, signal)),
+            signal = signals.next() => {
+                _ = kill_process_group(group, signal);
+            }
             _ = children.recv() => if let Some(terminal) = &terminal {
                 stop_along(terminal, group);
             },
@@ -297,7 +299,7 @@ fn stop_along(terminal: &Terminal, group: Pid) {
         return;
     }
     terminal.take_back();
-    drop(kill_process_group(rustix::process::getpgrp(), Signal::STOP));
+    _ = kill_process_group(rustix::process::getpgrp(), Signal::STOP);
     terminal.lend(group);
 }
 
@@ -307,13 +309,13 @@ async fn end(child: &mut Child, group: Pid) -> io::Result<ExitStatus> {
     let since = Instant::now();
     for signal in [Signal::TERM, Signal::CONT] {
         // It may have ended.
-        drop(kill_process_group(group, signal));
+        _ = kill_process_group(group, signal);
     }
     let ended = tokio::time::timeout(GRACE, child.wait()).await;
     while since.elapsed() < GRACE && test_kill_process_group(group).is_ok() {
         tokio::time::sleep(LOOK).await;
     }
-    drop(kill_process_group(group, Signal::KILL));
+    _ = kill_process_group(group, Signal::KILL);
     match ended {
         Ok(status) => status,
         Err(_) => child.wait().await,

@@ -28,7 +28,7 @@ impl Terminal {
     pub(crate) fn lend(&self, group: Pid) {
         listen_to(group);
         // It may have ended.
-        drop(kill_process_group(group, Signal::CONT));
+        _ = kill_process_group(group, Signal::CONT);
     }
 
     /// Makes it listen to us again.

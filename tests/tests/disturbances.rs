@@ -295,6 +295,40 @@ async fn a_shutdown_gives_back_what_guards_still_hold() {
     assert!(matches!(written, Err(TransactionError::Lost)), "{written:?}");
 }
 
+/// A row that somebody has locked is waited for as long as there is time.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_takes_the_time_that_it_was_given() {
+    let bench = Bench::start(2).await;
+    let guard = bench.process.leases().try_acquire(&named("a")).await.unwrap();
+    let lock_row = "BEGIN; SELECT FROM leasehold.leases FOR UPDATE";
+    let stranger = bench.database.client().await;
+    stranger.batch_execute(lock_row).await.unwrap();
+    let process = bench.process.clone();
+    let ending = tokio::spawn(async move { process.shutdown(PATIENCE).await });
+    in_time("the shutdown", guard.lost()).await;
+    // Longer than the thread takes when nobody said how long it may.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(!ending.is_finished());
+    assert!(bench.lease_is_live(guard.name()).await);
+    stranger.batch_execute("ROLLBACK").await.unwrap();
+    in_time("the shutdown", ending).await.unwrap();
+    assert!(!bench.lease_is_live(guard.name()).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_takes_no_longer_than_it_was_given() {
+    let bench = Bench::start(2).await;
+    let guard = bench.process.leases().try_acquire(&named("a")).await.unwrap();
+    let lock_row = "BEGIN; SELECT FROM leasehold.leases FOR UPDATE";
+    bench.client.batch_execute(lock_row).await.unwrap();
+    let grace = Duration::from_millis(300);
+    let shutdown = bench.process.shutdown(grace);
+    // The thread's own time is longer.
+    let ended = tokio::time::timeout(grace + Duration::from_millis(1500), shutdown).await;
+    assert!(ended.is_ok());
+    assert!(guard.is_lost());
+}
+
 /// Everything that can be awaited is dropped after every number of polls.
 #[tokio::test(flavor = "multi_thread")]
 async fn futures_that_are_dropped_at_any_poll_leave_nothing() {

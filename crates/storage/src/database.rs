@@ -109,7 +109,7 @@ impl Database {
     /// The thread ends all the same.
     pub async fn shutdown(&self, grace: Duration) {
         self.process.end_leases();
-        if tokio::time::timeout(grace, self.process.keeper.stop())
+        if tokio::time::timeout(grace, self.process.keeper.stop(grace))
             .await
             .is_err()
         {

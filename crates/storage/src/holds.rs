@@ -1,6 +1,6 @@
 //! [`Holds`]: what this process holds, so that renewals, fences and releases find it by its id.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use leasehold_domain::{HoldControl, LockId, LockName};
@@ -23,9 +23,16 @@ struct Table {
     sessions: HashMap<LockId, Hold>,
     /// The latest transaction-scoped hold of each name.
     by_name: HashMap<LockName, LockId>,
+    /// Holds that are just being taken up again.
+    resuming: HashSet<LockId>,
 }
 
 impl Table {
+    fn get(&self, lock_id: LockId) -> Option<&Hold> {
+        let kinds = [&self.leases, &self.transactions, &self.sessions];
+        kinds.into_iter().find_map(|holds| holds.get(&lock_id))
+    }
+
     fn of(&mut self, scope: &Scope) -> &mut HashMap<LockId, Hold> {
         match scope {
             Scope::Lease(_) => &mut self.leases,
@@ -40,6 +47,19 @@ impl Table {
 pub(crate) struct Hold {
     pub(crate) control: HoldControl,
     pub(crate) scope: Scope,
+}
+
+/// While it lives nobody else of this process takes up the hold.
+#[must_use]
+pub(crate) struct Resuming<'a> {
+    holds: &'a Holds,
+    lock_id: LockId,
+}
+
+impl Drop for Resuming<'_> {
+    fn drop(&mut self) {
+        self.holds.table().resuming.remove(&self.lock_id);
+    }
 }
 
 /// What keeps a hold alive.
@@ -69,9 +89,16 @@ impl Holds {
     }
 
     pub(crate) fn get(&self, lock_id: LockId) -> Option<Hold> {
-        let table = self.table();
-        let kinds = [&table.leases, &table.transactions, &table.sessions];
-        kinds.into_iter().find_map(|holds| holds.get(&lock_id)).cloned()
+        self.table().get(lock_id).cloned()
+    }
+
+    /// Begins to take up a hold that has no guard here. `None` when it has one, or somebody else is about to get it.
+    pub(crate) fn resume(&self, lock_id: LockId) -> Option<Resuming<'_>> {
+        let mut table = self.table();
+        if table.get(lock_id).is_some() || !table.resuming.insert(lock_id) {
+            return None;
+        }
+        Some(Resuming { holds: self, lock_id })
     }
 
     /// The transaction-scoped hold of a name in this process, unless its transaction has ended and only its

@@ -11,7 +11,7 @@ use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-/// How long work that gives locks back may take after everything else has ended.
+/// How long work that gives locks back may take when nobody said how long it may.
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// The thread. It ends some moments after the last clone is dropped, when what it still has to give back is
@@ -24,8 +24,8 @@ pub(crate) struct Keeper {
 
 #[derive(Debug)]
 struct Life {
-    /// Set when the thread shall end.
-    stop: watch::Sender<bool>,
+    /// Set when the thread shall end: to how long it may still give back.
+    stop: watch::Sender<Option<Duration>>,
     /// One receiver lives in each task that must be finished before the thread ends.
     finishing: watch::Sender<()>,
     /// Closed when the thread has ended.
@@ -34,7 +34,18 @@ struct Life {
 
 impl Drop for Life {
     fn drop(&mut self) {
-        self.stop.send_replace(true);
+        self.stop(DRAIN);
+    }
+}
+
+impl Life {
+    /// The first who says how long giving back may take is heard.
+    fn stop(&self, grace: Duration) {
+        self.stop.send_if_modified(|stop| {
+            let first = stop.is_none();
+            stop.get_or_insert(grace);
+            first
+        });
     }
 }
 
@@ -42,7 +53,7 @@ impl Keeper {
     pub(crate) fn start() -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
-        let (stop, mut stopped) = watch::channel(false);
+        let (stop, mut stopped) = watch::channel(None);
         let (finishing, _) = watch::channel(());
         let (alive, ended) = watch::channel(());
         let finished = finishing.clone();
@@ -50,10 +61,12 @@ impl Keeper {
             .name("leasehold-keeper".into())
             .spawn(move || {
                 runtime.block_on(async {
-                    while !*stopped.borrow_and_update() && stopped.changed().await.is_ok() {}
-                    _ = tokio::time::timeout(DRAIN, finished.closed()).await;
+                    let grace = stopped.wait_for(Option::is_some).await;
+                    let grace = grace.map_or(DRAIN, |grace| grace.unwrap_or(DRAIN));
+                    _ = tokio::time::timeout(grace, finished.closed()).await;
                 });
-                drop(runtime);
+                // Looking up a host may take longer than anybody would wait.
+                runtime.shutdown_background();
                 drop(alive);
             })?;
         Ok(Self {
@@ -74,7 +87,7 @@ impl Keeper {
         self.handle.spawn(task)
     }
 
-    /// Runs a task that gives something back: the thread does not end before it, within [`DRAIN`].
+    /// Runs a task that gives something back: the thread does not end before it, within the time that it then has.
     pub(crate) fn finish<F>(&self, task: F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -86,9 +99,9 @@ impl Keeper {
         });
     }
 
-    /// Ends the thread and waits for it.
-    pub(crate) async fn stop(&self) {
-        self.life.stop.send_replace(true);
+    /// Ends the thread once everything is given back, after `grace` in any case, and waits for it.
+    pub(crate) async fn stop(&self, grace: Duration) {
+        self.life.stop(grace);
         let mut ended = self.life.ended.clone();
         while ended.changed().await.is_ok() {}
     }

@@ -40,4 +40,4 @@ pub use startup::{Findings, StartupError};
 pub use statement::Prepared;
 pub use tenant::TenantGate;
 pub use tls::{TlsError, TlsMode};
-pub use transaction::{Fenced, TransactionError, WorkError};
+pub use transaction::{Fenced, Removing, TransactionError, WorkError};

@@ -5,7 +5,8 @@ use diesel::{OptionalExtension, QueryableByName};
 use diesel_async::{
     AnsiTransactionManager, AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection, TransactionManager,
 };
-use leasehold_domain::{ErrorClass, FencingToken, HoldControl, LockGuard, LockId, Unavailable};
+use leasehold_domain::{ErrorClass, FencingToken, HoldControl, LockGuard, LockId, LockName, Unavailable};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::timeout;
 
@@ -192,6 +193,25 @@ impl Database {
         self.fenced(guard, Fence::Release, work).await
     }
 
+    /// For a transaction of the caller's that removes the leased row itself. A row that is gone cannot be fenced
+    /// afterwards: the statement that removes it must be the fence, and remove it only while its lock id is the guard's
+    /// and it has not expired.
+    ///
+    /// What this answers lives until the transaction has ended, so that the heartbeat takes the end of the row for no
+    /// loss. Guards of other locks than leases need none of this.
+    pub fn removing(&self, guard: &LockGuard) -> Removing {
+        let hold = self.process.holds.get(guard.lock_id());
+        let fencing = hold.and_then(|hold| match &hold.scope {
+            Scope::Lease(lease) => Some(Fencing::start(lease, &hold.control)),
+            Scope::Transaction(_) | Scope::Session { .. } => None,
+        });
+        Removing {
+            process: Arc::clone(&self.process),
+            name: guard.name().clone(),
+            fencing,
+        }
+    }
+
     async fn fenced<T, E, W>(
         &self,
         guard: &LockGuard,
@@ -305,25 +325,50 @@ enum Fence {
 }
 
 /// While it lives the heartbeat takes a locked or released row for our own doing.
-struct Fencing<'a> {
-    lease: &'a LeaseHold,
-    control: &'a HoldControl,
+#[derive(Debug)]
+struct Fencing {
+    lease: Arc<LeaseHold>,
+    control: HoldControl,
 }
 
-impl<'a> Fencing<'a> {
-    fn start(lease: &'a LeaseHold, control: &'a HoldControl) -> Self {
+impl Fencing {
+    fn start(lease: &Arc<LeaseHold>, control: &HoldControl) -> Self {
         lease.begin_fencing();
-        Self { lease, control }
+        Self {
+            lease: Arc::clone(lease),
+            control: control.clone(),
+        }
     }
 }
 
-impl Drop for Fencing<'_> {
+impl Drop for Fencing {
     fn drop(&mut self) {
         // What the commit has released is over as it was meant to be: the clock says nothing of it any more.
         if !self.lease.has_ended() {
             self.control.pin(false);
         }
         self.lease.end_fencing();
+    }
+}
+
+/// While it lives, a leased row that is gone is this process's own doing; see [`Database::removing`].
+#[must_use]
+#[derive(Debug)]
+pub struct Removing {
+    process: Arc<Process>,
+    name: LockName,
+    fencing: Option<Fencing>,
+}
+
+impl Removing {
+    /// Says that the transaction has committed, and that the hold went with the row: releasing the guard then sends
+    /// nothing.
+    pub fn committed(self) {
+        if let Some(Fencing { lease, control }) = self.fencing.as_ref() {
+            control.pin(true);
+            lease.set_ended();
+            self.process.freed(&self.name);
+        }
     }
 }
 

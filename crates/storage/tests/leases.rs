@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use leasehold_domain::{AcquireError, DistributedLock, Holder, LockName, LockRequest, Released};
+use leasehold_domain::{AcquireError, DistributedLock, Holder, LockName, LockRequest, Released, ResumeError};
 use leasehold_storage::advisory::AdvisoryKey;
 use leasehold_storage::{Database, LeaseColumns, RowLease, RowLeaseTable};
 use tokio_postgres::Client;
@@ -355,4 +355,73 @@ async fn a_waiter_that_was_too_slow_says_again_that_it_waits() {
         .release(waiting.await.unwrap().unwrap())
         .await
         .unwrap();
+}
+
+/// Two guards of one hold would each believe to be the only one.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_who_take_up_a_hold_at_once_one_gets_it() {
+    let bench = Bench::start().await;
+    let other = Database::connect(bench.database.options(), 4).await.unwrap();
+    let (leases, lock) = (bench.process.leases(), other.leases());
+    for _ in 0..20 {
+        let request = named("resumed");
+        let first = leases.try_acquire(&request).await.unwrap();
+        let (one, two) = tokio::join!(
+            lock.resume(&request, first.lock_id()),
+            lock.resume(&request, first.lock_id()),
+        );
+        let guard = match (one, two) {
+            (Ok(guard), Err(refused)) | (Err(refused), Ok(guard)) => {
+                assert!(matches!(refused, ResumeError::NotHeld { .. }), "{refused:?}");
+                guard
+            }
+            both => panic!("{both:?}"),
+        };
+        let again = lock.resume(&request, first.lock_id()).await;
+        assert!(matches!(again, Err(ResumeError::NotHeld { .. })), "{again:?}");
+        assert_eq!(lock.release(guard).await.unwrap(), Released::Held);
+    }
+}
+
+/// An operator who ends a transaction lock must not end the session that thousands of other locks are in.
+#[tokio::test(flavor = "multi_thread")]
+async fn force_ends_no_lock_session() {
+    let bench = Bench::start().await;
+    let (sessions, transactions) = (bench.process.session_locks(), bench.process.transaction_locks());
+    let request = named("of a session");
+    let guard = sessions.try_acquire(&request).await.unwrap();
+    let held = transactions.inspect(request.name()).await.unwrap();
+    assert!(held.is_some(), "both have the same key");
+    let ended = transactions
+        .force_release(request.name(), "operator", "stuck")
+        .await;
+    assert_eq!(ended.unwrap(), None);
+    // It asks the session.
+    sessions.extend(&guard, Duration::from_secs(60)).await.unwrap();
+    assert_eq!(sessions.release(guard).await.unwrap(), Released::Held);
+    let guard = transactions.try_acquire(&request).await.unwrap();
+    let ended = transactions
+        .force_release(request.name(), "operator", "stuck")
+        .await;
+    assert_eq!(ended.unwrap().unwrap().lock_id, Some(guard.lock_id()));
+}
+
+/// A row that goes away with its lease is no lost lock.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leased_row_can_be_removed() {
+    let bench = Bench::start().await;
+    let plans = bench.plans().await;
+    let ttl = Duration::from_secs(6);
+    let guard = plans.try_acquire(&plan().with_ttl(ttl)).await.unwrap();
+    let remove = format!("DELETE FROM plans WHERE lock_id = '{}'", guard.lock_id());
+    let removing = bench.process.removing(&guard);
+    assert_eq!(bench.client.execute(&remove, &[]).await.unwrap(), 1);
+    // The next beat comes after a third of the slice.
+    tokio::time::sleep(ttl / 2).await;
+    assert!(!guard.is_lost());
+    removing.committed();
+    // Nobody will renew it any more, and nobody need.
+    let lost = tokio::time::timeout(ttl, guard.lost()).await;
+    assert!(lost.is_err(), "it was not lost");
+    assert_eq!(plans.release(guard).await.unwrap(), Released::Held);
 }

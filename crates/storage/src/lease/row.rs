@@ -508,10 +508,9 @@ impl DistributedLock for RowLease {
         let span = observe::span("resume", "lease", request.name());
         async {
             let keys = self.checked_keys(request)?;
-            if self.process.holds.get(lock_id).is_some() {
-                // It has a guard here already.
-                return Err(ResumeError::NotHeld { lock_id });
-            }
+            // Two guards of one hold would each believe to be the only one.
+            let resuming = self.process.holds.resume(lock_id);
+            let _resuming = resuming.ok_or(ResumeError::NotHeld { lock_id })?;
             let sent = Boottime.now();
             let row = self
                 .send_extend(&self.table, &keys, lock_id, request.ttl(), request.max_hold())

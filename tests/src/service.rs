@@ -59,7 +59,7 @@ pub fn program() -> &'static Path {
 }
 
 /// The program with this database and nothing else from the environment that it would read.
-fn command(database_url: Option<&str>) -> Command {
+pub fn command(database_url: Option<&str>) -> Command {
     let mut command = Command::new(program());
     command
         .env_clear()

@@ -18,4 +18,5 @@ mod idempotency;
 mod leaks;
 mod locked;
 mod purge_race;
+mod run;
 mod world;

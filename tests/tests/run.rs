@@ -1,0 +1,724 @@
+//! `leasehold run` and the programs of `examples/`, beside clients of the service and holders in Rust: whoever has a
+//! lock, the others do not, and a command ends as it was promised to.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use leasehold_domain::{DistributedLock, Holder, LockName, LockRequest};
+use leasehold_storage::Database;
+use leasehold_system_tests::http::{delete, get, post};
+use leasehold_system_tests::patience::{PATIENCE, eventually, in_time, within};
+use leasehold_system_tests::service::command;
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use serde_json::{Value, json};
+use tokio::time::sleep;
+use uuid::Uuid;
+
+use crate::world::World;
+
+const LOCK: &str = "/v1/tenants/acme/locks/deploy%2Fprod";
+const NAME: [&str; 2] = ["--name", "deploy/prod"];
+
+/// A folder that goes with the test.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> Self {
+        let folder = std::env::temp_dir().join(format!("leasehold-run-{}", Uuid::new_v4().simple()));
+        fs::create_dir(&folder).unwrap();
+        Self(folder)
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        drop(fs::remove_dir_all(&self.0));
+    }
+}
+
+/// A run whose output is kept. Dropping it kills what is left of it.
+struct Running {
+    child: Child,
+    /// The command that it runs, once it has told its own process id.
+    command: Option<Pid>,
+    output: PathBuf,
+    _folder: Folder,
+}
+
+/// `leasehold run` with these arguments.
+fn run(world: &World, arguments: &[&str]) -> Command {
+    let mut command = command(Some(world.database.url()));
+    command.arg("run").args(arguments).env("RUST_LOG", "warn");
+    command
+}
+
+/// Runs a script under the lock of these tests, with these options.
+fn script(world: &World, options: &[&str], script: &str) -> Command {
+    let name = if options.contains(&"--name") {
+        &[][..]
+    } else {
+        &NAME
+    };
+    let arguments = [name, options, &["--", "sh", "-c", script]].concat();
+    run(world, &arguments)
+}
+
+async fn output(mut command: Command) -> Output {
+    let output = tokio::task::spawn_blocking(move || command.output().unwrap());
+    in_time("the end of a run", output).await.unwrap()
+}
+
+async fn code(command: Command) -> (Option<i32>, String) {
+    let output = output(command).await;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout) + &text(&output.stderr))
+}
+
+impl Running {
+    /// Starts a script that must first print its process id, and waits for that.
+    async fn start(world: &World, options: &[&str], text: &str) -> Self {
+        let folder = Folder::new();
+        let path = folder.file("output");
+        let file = fs::File::create(&path).unwrap();
+        let child = script(world, options, &format!("echo command $$; {text}"))
+            .stdout(file.try_clone().unwrap())
+            .stderr(file)
+            .spawn()
+            .unwrap();
+        let mut running = Self {
+            child,
+            command: None,
+            output: path,
+            _folder: folder,
+        };
+        eventually("the command runs", async || {
+            let output = running.output();
+            if let Some(status) = running.child.try_wait().unwrap() {
+                panic!("{status}: {output}");
+            }
+            let mut lines = output.lines();
+            let told = lines.find_map(|line| line.strip_prefix("command ")?.parse().ok());
+            running.command = told.and_then(Pid::from_raw);
+            running.command.is_some()
+        })
+        .await;
+        running
+    }
+
+    fn output(&self) -> String {
+        fs::read_to_string(&self.output).unwrap()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    async fn says(&self, what: &str) {
+        eventually(what, async || self.output().contains(what)).await;
+    }
+
+    async fn ended(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(start.elapsed() < PATIENCE, "it did not end: {}", self.output());
+            sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn command_runs(&self) -> bool {
+        self.command.is_some_and(|pid| test_kill_process(pid).is_ok())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both may have ended.
+        drop(self.child.kill());
+        drop(self.child.wait());
+        if let Some(pid) = self.command {
+            _ = kill_process(pid, Signal::KILL);
+        }
+    }
+}
+
+async fn world() -> World {
+    World::start("lease").await
+}
+
+async fn acquire(world: &World, body: &Value) -> leasehold_system_tests::http::Answer {
+    world.api.send(post(format!("{LOCK}/acquire"), body)).await
+}
+
+async fn release(world: &World, granted: &Value) {
+    let body = json!({"lock_id": granted["lock_id"]});
+    let released = world.api.send(post(format!("{LOCK}/release"), &body)).await;
+    assert_eq!(released.expect(200).json(), json!({"released": true}));
+}
+
+async fn is_free(world: &World) -> bool {
+    world.api.send(get(LOCK)).await.status == 404
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_exit_code_is_the_commands() {
+    let world = world().await;
+    for wanted in [0, 1, 3, 42, 255] {
+        let (code, _) = code(script(&world, &[], &format!("exit {wanted}"))).await;
+        assert_eq!(code, Some(wanted));
+    }
+    for (signal, wanted) in [("TERM", 143), ("KILL", 137), ("INT", 130)] {
+        let (code, _) = code(script(&world, &[], &format!("kill -{signal} $$"))).await;
+        assert_eq!(code, Some(wanted), "{signal}");
+    }
+    assert!(is_free(&world).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_other_exit_codes_are_those_of_sysexits_and_shells() {
+    let world = world().await;
+    let refused = async |arguments: &[&str], wanted: i32, says: &str| {
+        let (code, text) = code(run(&world, arguments)).await;
+        assert_eq!(code, Some(wanted), "{arguments:?}: {text}");
+        assert!(text.contains(says), "{arguments:?}: {text}");
+    };
+    refused(&["--name", "a"], 64, "COMMAND").await;
+    refused(&["--", "true"], 64, "--name").await;
+    refused(&["--name", "", "--", "true"], 64, "1 to 256").await;
+    refused(&["--name", "a", "--ttl", "soon", "--", "true"], 64, "30s").await;
+    refused(&["--name", "a", "--ttl", "1ms", "--", "true"], 64, "--ttl").await;
+    refused(
+        &["--name", "a", "--max-hold", "1s", "--", "true"],
+        64,
+        "--max-hold",
+    )
+    .await;
+    refused(
+        &["--name", "a", "--tenant", "none", "--", "true"],
+        64,
+        "no tenant none",
+    )
+    .await;
+    refused(
+        &["--name", "a", "--", "/no/such/program"],
+        127,
+        "/no/such/program",
+    )
+    .await;
+    refused(
+        &["--name", "a", "--", "no-such-program-anywhere"],
+        127,
+        "no-such-program",
+    )
+    .await;
+    let folder = Folder::new();
+    let text = folder.file("text");
+    fs::write(&text, "no program").unwrap();
+    refused(&["--name", "a", "--", text.to_str().unwrap()], 126, "text").await;
+    assert_eq!(world.api.send(get("/v1/tenants/acme/locks/a")).await.status, 404);
+
+    // Nobody listens there.
+    let mut nowhere = command(Some("postgres://me@127.0.0.1:1/none"));
+    nowhere.args(["run", "--name", "a", "--", "true"]);
+    assert_eq!(code(nowhere).await.0, Some(69));
+    let mut malformed = command(Some("nonsense"));
+    malformed.args(["run", "--name", "a", "--", "true"]);
+    assert_eq!(code(malformed).await.0, Some(64));
+
+    let other = post("/v1/tenants", &json!({"id": "other"}));
+    world.api.send(other).await.expect(201);
+    refused(&["--name", "a", "--", "true"], 64, "--tenant").await;
+    refused(&["--name", "a", "--tenant", "other", "--", "true"], 0, "").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_gets_the_lock_standard_input_and_a_group_of_its_own() {
+    let world = world().await;
+    let text = "echo $LEASEHOLD_LOCK_ID $LEASEHOLD_FENCING_TOKEN; cut -d ' ' -f 5 /proc/$$/stat; echo $$; cat; exit 4";
+    let mut running = script(&world, &["--tenant", "acme"], text)
+        .env("USER", "alice")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut shown = Value::Null;
+    eventually("it is held", async || {
+        let answer = world.api.send(get(LOCK)).await;
+        shown = if answer.status == 200 {
+            answer.json()
+        } else {
+            Value::Null
+        };
+        !shown.is_null()
+    })
+    .await;
+    let holder = &shown["holder"];
+    assert!(holder["owner"].as_str().unwrap().starts_with("alice@"), "{shown}");
+    assert_eq!(holder["operation"], "sh");
+    let instance = holder["instance"].as_str().unwrap();
+    assert!(instance.ends_with(&format!(":{}", running.id())), "{shown}");
+
+    let mut input = running.stdin.take().unwrap();
+    input.write_all(b"from far away\n").unwrap();
+    drop(input);
+    let mut output = String::new();
+    running
+        .stdout
+        .take()
+        .unwrap()
+        .read_to_string(&mut output)
+        .unwrap();
+    assert_eq!(running.wait().unwrap().code(), Some(4));
+    let lines: Vec<&str> = output.lines().collect();
+    let ids = format!(
+        "{} {}",
+        shown["lock_id"].as_str().unwrap(),
+        shown["fencing_token"]
+    );
+    assert_eq!((lines[0], lines[3]), (&*ids, "from far away"));
+    assert_eq!(lines[1], lines[2], "it leads its group");
+    assert!(is_free(&world).await, "it is released before the run ends");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_commands_and_rust_exclude_each_other() {
+    let world = world().await;
+    let db = Database::connect(world.database.options(), 2).await.unwrap();
+    let locks = db.leases();
+    let name = LockName::new(["lock", "acme", "deploy/prod"]).unwrap();
+    let request = LockRequest::new(name, Holder::new("cron", "nightly"));
+    let mut tokens = Vec::new();
+
+    // A client has it.
+    let granted = acquire(&world, &json!({"ttl_ms": 60_000}))
+        .await
+        .expect(200)
+        .json();
+    tokens.push(granted["fencing_token"].as_i64().unwrap());
+    let (refused, text) = code(script(&world, &[], "exit 0")).await;
+    assert_eq!(refused, Some(75), "{text}");
+    assert!(text.contains("tester"), "it tells the holder: {text}");
+    let start = Instant::now();
+    let (refused, _) = code(script(&world, &["--wait", "500ms"], "exit 0")).await;
+    assert_eq!(refused, Some(75));
+    assert!(start.elapsed() >= Duration::from_millis(500));
+    assert!(
+        locks
+            .try_acquire(&request)
+            .await
+            .unwrap_err()
+            .contention()
+            .is_some()
+    );
+
+    // A command waits for it, and has it next.
+    let waiting = script(&world, &["--wait", "30s"], "echo $LEASEHOLD_FENCING_TOKEN");
+    let waiting = tokio::spawn(output(waiting));
+    release(&world, &granted).await;
+    let next = waiting.await.unwrap();
+    assert!(next.status.success());
+    tokens.push(String::from_utf8(next.stdout).unwrap().trim().parse().unwrap());
+
+    let mut running = Running::start(&world, &[], "echo $LEASEHOLD_FENCING_TOKEN; exec sleep 1000").await;
+    running.says("\n1").await;
+    let problem = acquire(&world, &json!({"ttl_ms": 60_000}))
+        .await
+        .expect(409)
+        .json();
+    assert_eq!(problem["code"], "lock_held");
+    assert_eq!(problem["lock"]["operation"], "sh");
+    tokens.push(problem["lock"]["fencing_token"].as_i64().unwrap());
+    assert!(
+        locks
+            .try_acquire(&request)
+            .await
+            .unwrap_err()
+            .contention()
+            .is_some()
+    );
+    assert_eq!(code(script(&world, &[], "exit 0")).await.0, Some(75));
+
+    // Rust waits for it, and has it next.
+    let waiting = locks.acquire(&request, PATIENCE);
+    let (guard, ()) = tokio::join!(waiting, async { running.signal(Signal::TERM) });
+    let guard = guard.unwrap();
+    assert_eq!(running.ended().await.code(), Some(143));
+    tokens.push(guard.fencing_token().unwrap().get());
+    assert_eq!(
+        acquire(&world, &json!({"ttl_ms": 60_000})).await.code(),
+        "lock_held"
+    );
+    let (refused, text) = code(script(&world, &[], "exit 0")).await;
+    assert!(refused == Some(75) && text.contains("cron"), "{text}");
+
+    // A client waits for it, and has it next.
+    let body = json!({"ttl_ms": 60_000, "wait_ms": 20_000});
+    let waiting = acquire(&world, &body);
+    let (granted, released) = tokio::join!(waiting, locks.release(guard));
+    released.unwrap();
+    tokens.push(granted.expect(200).json()["fencing_token"].as_i64().unwrap());
+    assert!(tokens.windows(2).all(|pair| pair[0] < pair[1]), "{tokens:?}");
+    db.shutdown(Duration::from_secs(5)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn signals_are_the_commands() {
+    let world = world().await;
+    for (signal, name) in [(Signal::TERM, "TERM"), (Signal::INT, "INT"), (Signal::HUP, "HUP")] {
+        let text = format!("trap 'exit 7' {name}; echo ready; while :; do sleep 0.02; done");
+        let mut running = Running::start(&world, &[], &text).await;
+        running.says("ready").await;
+        running.signal(signal);
+        assert_eq!(running.ended().await.code(), Some(7), "{name}");
+        assert!(is_free(&world).await, "{name}");
+    }
+
+    // One that does not care is waited for.
+    let folder = Folder::new();
+    let go = folder.file("go");
+    let text = format!(
+        "trap '' TERM; echo ready; while ! test -e '{}'; do sleep 0.02; done; exit 5",
+        go.display()
+    );
+    let mut running = Running::start(&world, &[], &text).await;
+    running.says("ready").await;
+    running.signal(Signal::TERM);
+    assert_eq!(
+        acquire(&world, &json!({"ttl_ms": 1_000})).await.code(),
+        "lock_held"
+    );
+    assert!(running.child.try_wait().unwrap().is_none());
+    fs::write(go, "").unwrap();
+    assert_eq!(running.ended().await.code(), Some(5));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_ends_the_wait() {
+    let world = world().await;
+    let granted = acquire(&world, &json!({"ttl_ms": 600_000}))
+        .await
+        .expect(200)
+        .json();
+    let mut waiting = script(&world, &["--wait", "10m"], "exit 0")
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    eventually("it waits", async || {
+        let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%leasehold_wait%'";
+        world.client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) > 0
+    })
+    .await;
+    kill_process(Pid::from_child(&waiting), Signal::INT).unwrap();
+    let status = in_time(
+        "its end",
+        tokio::task::spawn_blocking(move || waiting.wait().unwrap()),
+    )
+    .await;
+    assert_eq!(status.unwrap().code(), Some(130));
+    release(&world, &granted).await;
+    assert!(is_free(&world).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_whose_lock_is_taken_away_is_stopped() {
+    let world = world().await;
+    let mut running = Running::start(&world, &["--ttl", "1s"], "echo ready; exec sleep 1000").await;
+    running.says("ready").await;
+    let before = acquire(&world, &json!({"ttl_ms": 1_000})).await.json()["lock"]["fencing_token"].clone();
+    let ended = world
+        .api
+        .send(delete(format!("{LOCK}?reason=stuck")))
+        .await
+        .expect(200)
+        .json();
+    assert_eq!(ended["fencing_token"], before);
+    assert_eq!(running.ended().await.code(), Some(70), "{}", running.output());
+    assert!(!running.command_runs());
+    assert!(running.output().contains("lost"), "{}", running.output());
+    let next = acquire(&world, &json!({"ttl_ms": 1_000}))
+        .await
+        .expect(200)
+        .json();
+    assert!(next["fencing_token"].as_i64() > before.as_i64());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_does_not_stop_is_killed_with_all_it_has_started() {
+    let world = world().await;
+    let text = "trap '' TERM; sleep 1000 & echo child $! ready; while :; do sleep 0.1; done";
+    let mut running = Running::start(&world, &["--ttl", "1s"], text).await;
+    running.says("ready").await;
+    let output = running.output();
+    let child = output
+        .split("child ")
+        .nth(1)
+        .and_then(|rest| rest.split(' ').next())
+        .unwrap();
+    let child = Pid::from_raw(child.parse().unwrap()).unwrap();
+    world
+        .api
+        .send(delete(format!("{LOCK}?reason=stuck")))
+        .await
+        .expect(200);
+    assert_eq!(running.ended().await.code(), Some(70), "{}", running.output());
+    assert!(!running.command_runs());
+    // Who has lost its parent is buried by somebody else.
+    eventually("its child has ended", async || {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", child.as_raw_nonzero()));
+        stat.map_or(true, |stat| stat.contains(") Z "))
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_takes_too_long_is_stopped() {
+    let world = world().await;
+    let options = ["--ttl", "500ms", "--max-hold", "1s"];
+    let mut running = Running::start(&world, &options, "exec sleep 1000").await;
+    assert_eq!(running.ended().await.code(), Some(70), "{}", running.output());
+    assert!(!running.command_runs());
+    within(Duration::from_secs(2), "it is free", async || {
+        is_free(&world).await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_is_killed_frees_the_lock_within_its_ttl() {
+    let world = world().await;
+    let mut running = Running::start(&world, &["--ttl", "2s"], "exec sleep 1000").await;
+    running.signal(Signal::KILL);
+    let killed = Instant::now();
+    running.ended().await;
+    let body = json!({"ttl_ms": 1_000, "wait_ms": 20_000});
+    acquire(&world, &body).await.expect(200);
+    let took = killed.elapsed();
+    assert!(took < crate::world::grace(Duration::from_secs(2)), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn locks_are_listed_shown_and_taken_away() {
+    let world = world().await;
+    let locks = |arguments: &[&str]| {
+        let mut command = command(Some(world.database.url()));
+        command
+            .arg("locks")
+            .args(arguments)
+            .env("USER", "bob")
+            .env("RUST_LOG", "warn");
+        command
+    };
+    let json_of = async |arguments: &[&str]| -> Value {
+        let output = output(locks(arguments)).await;
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    assert_eq!(json_of(&["list", "--json"]).await, json!([]));
+
+    let held = world.hold().await;
+    let granted = acquire(&world, &json!({"ttl_ms": 60_000, "operation": "deploy"})).await;
+    let granted = granted.expect(200).json();
+    let mut running = Running::start(&world, &["--name", "other"], "exec sleep 1000").await;
+
+    let listed = json_of(&["list", "--json"]).await;
+    let names: Vec<&str> = listed
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|item| item["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        names,
+        ["workspace/acme/main", "lock/acme/deploy/prod", "lock/acme/other"]
+    );
+    let members = [
+        "name",
+        "mode",
+        "backend",
+        "lock_id",
+        "holder",
+        "acquired_at",
+        "expires_at",
+        "fencing_token",
+        "waiters",
+    ];
+    for item in listed.as_array().unwrap() {
+        assert!(members.iter().all(|member| item.get(member).is_some()), "{item}");
+    }
+    assert_eq!(json_of(&["list", "--json", "--tenant", "none"]).await, json!([]));
+    let text = String::from_utf8(output(locks(&["list"])).await.stdout).unwrap();
+    assert!(
+        text.lines().count() == 3 && text.contains("tester  deploy"),
+        "{text}"
+    );
+
+    for name in ["deploy/prod", "lock/acme/deploy/prod"] {
+        let shown = json_of(&["show", name, "--json"]).await;
+        assert_eq!(shown["lock_id"], granted["lock_id"]);
+        assert_eq!(shown["holder"]["owner"], "tester");
+    }
+    let (none, text) = code(locks(&["show", "nothing"])).await;
+    assert!(none == Some(1) && text.contains("nobody holds nothing"), "{text}");
+    assert_eq!(
+        code(locks(&["release", "deploy/prod"])).await.0,
+        Some(64),
+        "a reason is needed"
+    );
+    let ended = json_of(&["release", "deploy/prod", "--reason", "stuck", "--json"]).await;
+    assert_eq!(ended["lock_id"], granted["lock_id"]);
+    assert!(is_free(&world).await);
+    let audit = "SELECT released_by, reason FROM leasehold.lock_audit";
+    let row = world.client.query_one(audit, &[]).await.unwrap();
+    assert!(row.get::<_, &str>(0).starts_with("bob@"));
+    assert_eq!(row.get::<_, &str>(1), "stuck");
+
+    running.signal(Signal::TERM);
+    running.ended().await;
+    held.go_on().await.expect(200);
+}
+
+/// Reads `n token` lines, which must be in the order of both.
+fn in_order(lines: impl IntoIterator<Item = String>) -> usize {
+    let mut done: Vec<(u64, i64)> = lines
+        .into_iter()
+        .map(|line| {
+            let (number, token) = line.trim().split_once(' ').unwrap_or_else(|| panic!("{line:?}"));
+            (number.parse().unwrap(), token.parse().unwrap())
+        })
+        .collect();
+    done.sort_unstable();
+    assert!(
+        done.windows(2)
+            .all(|pair| pair[0].0 + 1 == pair[1].0 && pair[0].1 < pair[1].1),
+        "{done:?}"
+    );
+    done.len()
+}
+
+fn counting(world: &World, file: &Path) -> Command {
+    let text = "n=$(cat \"$1\"); echo $((n + 1)) > \"$1\"; echo $((n + 1)) $LEASEHOLD_FENCING_TOKEN";
+    let mut command = run(
+        world,
+        &[
+            "--name",
+            "examples/counter",
+            "--wait",
+            "2m",
+            "--",
+            "sh",
+            "-c",
+            text,
+            "sh",
+        ],
+    );
+    command.arg(file);
+    command
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn heavy_two_hundred_runs_lose_no_update() {
+    const RUNS: usize = 200;
+    const AT_ONCE: usize = 10;
+    let world = world().await;
+    let folder = Folder::new();
+    let file = folder.file("counter");
+    fs::write(&file, "0\n").unwrap();
+    let workers: Vec<_> = (0..AT_ONCE)
+        .map(|_| {
+            let commands: Vec<Command> = (0..RUNS / AT_ONCE).map(|_| counting(&world, &file)).collect();
+            tokio::task::spawn_blocking(move || {
+                let outputs = commands.into_iter().map(|mut command| command.output().unwrap());
+                outputs.collect::<Vec<_>>()
+            })
+        })
+        .collect();
+    let mut lines = Vec::new();
+    for worker in workers {
+        for output in worker.await.unwrap() {
+            assert!(
+                output.status.success(),
+                "{}",
+                String::from_utf8_lossy(&output.stderr)
+            );
+            lines.push(String::from_utf8(output.stdout).unwrap());
+        }
+    }
+    assert_eq!(in_order(lines), RUNS);
+    assert_eq!(fs::read_to_string(&file).unwrap().trim(), RUNS.to_string());
+}
+
+/// Whether this machine has the program; says so when it has not.
+fn there_is(program: &str) -> bool {
+    let there = Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !there {
+        eprintln!("there is no {program} here: its example is not tested");
+    }
+    there
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn programs_in_other_languages_exclude_each_other_and_commands() {
+    const EACH: usize = 5;
+    let world = world().await;
+    let folder = Folder::new();
+    let file = folder.file("counter");
+    fs::write(&file, "0\n").unwrap();
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    let example = |interpreter: &str, name: &str| {
+        let mut command = Command::new(interpreter);
+        command
+            .arg(examples.join(name))
+            .arg(&file)
+            .env("LEASEHOLD_URL", format!("http://{}", world.service.address()))
+            .env("LEASEHOLD_KEY", world.api.key.as_deref().unwrap())
+            .env("LEASEHOLD_TENANT", "acme")
+            .stdin(Stdio::null());
+        command
+    };
+    let mut commands = Vec::new();
+    for _ in 0..EACH {
+        commands.push(counting(&world, &file));
+    }
+    if there_is("python3") {
+        commands.extend((0..EACH).map(|_| example("python3", "lock.py")));
+    }
+    if there_is("curl") {
+        commands.extend((0..EACH).map(|_| example("sh", "lock.sh")));
+    }
+    let all = commands.len();
+    let running: Vec<_> = commands
+        .into_iter()
+        .map(|command| tokio::spawn(output(command)))
+        .collect();
+    let mut lines = Vec::new();
+    for output in running {
+        let output = output.await.unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        lines.push(String::from_utf8(output.stdout).unwrap());
+    }
+    assert_eq!(in_order(lines), all);
+    let free = "/v1/tenants/acme/locks/examples%2Fcounter";
+    assert_eq!(world.api.send(get(free)).await.status, 404, "all have let go");
+}

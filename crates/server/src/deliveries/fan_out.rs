@@ -22,7 +22,7 @@ use crate::deliveries::store::{self, Taken};
 /// The most events that one transaction hands on.
 const BATCH: i64 = 100;
 /// How long writes that follow each other closely are waited for, to be handed on together.
-const GATHER: Duration = Duration::from_millis(20);
+const GATHER: Duration = Duration::from_millis(100);
 /// The longest time between two looks. A process is woken by its own writes; those of others that were killed before
 /// they had handed on theirs are found by looking.
 const IDLE: Duration = Duration::from_secs(5);

@@ -46,14 +46,16 @@ pub(super) struct Taken {
     pub(super) webhook: Option<Uuid>,
 }
 
+// The disk need not be waited for: a crash undoes all of the transaction, and the events are there again.
 const TAKE: &str = "
     WITH event AS MATERIALIZED (
-        SELECT seq, id, type, data, created_at FROM leasehold.outbox
+        SELECT seq, id, type, data, created_at, set_config('synchronous_commit', 'off', true) AS commit
+        FROM leasehold.outbox
         WHERE tenant_id = $1 ORDER BY seq LIMIT $2 FOR UPDATE SKIP LOCKED
     ), gone AS (
         DELETE FROM leasehold.outbox o USING event e WHERE o.seq = e.seq
     )
-    SELECT e.id, e.type, e.data, e.created_at, w.id AS webhook
+    SELECT e.id, e.type, e.data, e.created_at, e.commit, w.id AS webhook
     FROM event e LEFT JOIN webhooks w ON w.tenant_id = $1 AND w.enabled
     ORDER BY e.seq, w.seq";
 

@@ -624,7 +624,8 @@ async fn heavy_five_hundred_wait_and_others_are_served() {
             _ => {
                 answer.problem(409, "lock_held");
                 refused += 1;
-                let longest = Duration::from_millis(8_250);
+                // On an idle machine it is less than a quarter of a second more than was asked for.
+                let longest = Duration::from_secs(12);
                 assert!((Duration::from_secs(8)..longest).contains(&took), "{took:?}");
             }
         }

@@ -1,5 +1,7 @@
 //! Webhooks: who may see them, what of them, and how they move.
 
+use std::sync::Arc;
+
 use axum::http::Method;
 use leasehold_server::auth::Role;
 use leasehold_server::config::WorkspaceLockMode;
@@ -257,6 +259,33 @@ async fn a_move_locks_both_tenants() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_webhook_that_moves_meanwhile_is_a_conflict() {
+    let api = Arc::new(start().await);
+    api.post("/v1/tenants", json!({"id": "third"})).await.is(201);
+    let path = make(&api, "acme").await;
+    let writes = [
+        (Method::PATCH, Some(json!({"tenant_id": "third"}).to_string())),
+        (Method::DELETE, None),
+    ];
+    let elsewhere = api.client().await;
+    for (method, body) in writes {
+        for statement in [
+            "UPDATE webhooks SET tenant_id = 'acme'",
+            "BEGIN",
+            "UPDATE webhooks SET tenant_id = 'other'",
+        ] {
+            elsewhere.batch_execute(statement).await.unwrap();
+        }
+        let (writer, to) = (Arc::clone(&api), path.clone());
+        let write = tokio::spawn(async move { writer.send(method, &to, &[], body).await });
+        api.statements_wait(1).await;
+        elsewhere.batch_execute("COMMIT").await.unwrap();
+        write.await.unwrap().problem(409, "modified_concurrently");
+        assert_eq!(api.get(&path).await.is(200)["tenant_id"], "other");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn only_who_sees_both_tenants_moves_one() {
     let api = start().await;
     let path = make(&api, "acme").await;
@@ -302,7 +331,7 @@ async fn a_patch_that_changes_nothing_takes_no_lock_and_no_gate() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn webhooks_that_swap_their_tenants_do_not_deadlock() {
-    let api = std::sync::Arc::new(start().await);
+    let api = Arc::new(start().await);
     let (one, two) = (make(&api, "acme").await, make(&api, "other").await);
     for round in 0..20 {
         let (there, back) = if round % 2 == 0 {
@@ -311,7 +340,7 @@ async fn webhooks_that_swap_their_tenants_do_not_deadlock() {
             ("acme", "other")
         };
         let moves = [(one.clone(), there), (two.clone(), back)].map(|(path, to)| {
-            let api = std::sync::Arc::clone(&api);
+            let api = Arc::clone(&api);
             tokio::spawn(async move { api.patch(&path, json!({"tenant_id": to})).await })
         });
         for moved in moves {

@@ -35,7 +35,9 @@ pub use lease::client::{Chosen, ClientLease, ClientLeases, HandedOver};
 pub use lease::row::{PgLeaseLock, RowLease};
 pub use lease::table::{LeaseColumns, LeaseTable, RowLeaseTable};
 pub use pool::{Pool, PoolState};
-pub use queue::PgWorkQueue;
+pub use queue::{
+    Dropped, GivenUp, NonRetryable, PgWorkQueue, Processed, Processor, Worker, WorkerHooks, WorkerOptions,
+};
 pub use startup::{Findings, StartupError};
 pub use statement::Prepared;
 pub use tenant::TenantGate;

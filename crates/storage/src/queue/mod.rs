@@ -7,5 +7,7 @@
 
 mod statements;
 mod store;
+mod worker;
 
 pub use store::PgWorkQueue;
+pub use worker::{Dropped, GivenUp, NonRetryable, Processed, Processor, Worker, WorkerHooks, WorkerOptions};

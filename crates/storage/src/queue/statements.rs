@@ -21,11 +21,12 @@ SELECT id, token, tenant_id, kind, scope_type, scope_id, payload, priority, even
        last_error, at, ends_at
 FROM leasehold.claim_work($1, $2, $3, $4)";
 
-/// When the next item of these kinds may be claimed that cannot be now, as microseconds from now.
+/// When the next item of these kinds may be claimed that cannot be now, as microseconds from now. For those who have
+/// nothing to do.
 pub(crate) const NEXT_DUE: &str = "\
 SELECT (extract(epoch FROM min(c.expires_at) - clock_timestamp()) * 1000000)::bigint AS due_us
 FROM leasehold.work_claims c JOIN leasehold.work_items i ON i.id = c.item_id
-WHERE i.kind = ANY ($1::text[])";
+WHERE i.kind = ANY ($1::text[]) AND c.expires_at > clock_timestamp()";
 
 pub(crate) const COMPLETE: &str = "SELECT done, changed FROM leasehold.complete_work($1, $2)";
 

@@ -302,7 +302,6 @@ impl<'a> Merged<'a> {
     fn chunks(&self) -> impl Iterator<Item = Chunk<'_>> {
         self.0.chunks(CHUNK).map(Chunk)
     }
-
 }
 
 struct Chunk<'a>(&'a [(&'a Scope, MergedWork<'a>)]);

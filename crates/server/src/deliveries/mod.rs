@@ -5,6 +5,7 @@
 //! arrives or is given up, and [`health`] looks now and then who can be reached at all.
 
 mod client;
+mod delivery;
 mod event;
 mod fan_out;
 mod health;
@@ -14,7 +15,7 @@ mod target;
 
 use std::time::Duration;
 
-use leasehold_storage::RunningJobs;
+use leasehold_storage::{RunningJobs, Worker};
 use tokio::task::JoinSet;
 
 use crate::state::AppState;
@@ -29,6 +30,7 @@ pub type StartError = Box<dyn std::error::Error + Send + Sync>;
 #[derive(Debug)]
 pub struct Deliveries {
     fan_out: JoinSet<()>,
+    worker: Worker,
     jobs: RunningJobs,
 }
 
@@ -48,9 +50,14 @@ impl Deliveries {
         };
         jobs.register(health::job()?, check)?;
         let jobs = jobs.start().await?;
+        let worker = delivery::start(db.clone(), client, &state.settings().instance)?;
         let mut fan_out = JoinSet::new();
         fan_out.spawn(fan_out::run(db, state.written()));
-        Ok(Self { fan_out, jobs })
+        Ok(Self {
+            fan_out,
+            worker,
+            jobs,
+        })
     }
 
     /// Begins nothing more, and waits for what was begun, up to `grace`; what has not ended by then is given back.
@@ -60,6 +67,6 @@ impl Deliveries {
     pub async fn stop(self, grace: Duration) {
         // What it had taken and not handed on yet stays where it was.
         drop(self.fan_out);
-        self.jobs.stop(grace).await;
+        tokio::join!(self.worker.stop(grace), self.jobs.stop(grace));
     }
 }

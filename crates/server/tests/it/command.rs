@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::support::{Api, MAIN, database, empty_database, eventually};
 
-const VARIABLES: [&str; 16] = [
+const VARIABLES: [&str; 17] = [
     "DATABASE_URL",
     "DATABASE_TLS",
     "DATABASE_POOL_SIZE",
@@ -26,6 +26,7 @@ const VARIABLES: [&str; 16] = [
     "LOCK_MAX_WAITERS_PER_TENANT",
     "LEASE_RETENTION_DAYS",
     "TENANT_PURGE_LOCK_TIMEOUT_SECONDS",
+    "WEBHOOK_ALLOW_PRIVATE",
     "SHUTDOWN_GRACE_SECONDS",
     "LOG_FORMAT",
     "RUST_LOG",
@@ -113,6 +114,10 @@ fn a_value_that_cannot_be_right_stops_the_start() {
         (
             &[("LOCK_MAX_WAITERS_PER_TENANT", "")],
             &["LOCK_MAX_WAITERS_PER_TENANT", "0 to 1000000"],
+        ),
+        (
+            &[("WEBHOOK_ALLOW_PRIVATE", "yes")],
+            &["WEBHOOK_ALLOW_PRIVATE", "yes", "true or false"],
         ),
         (
             &[("LEASE_RETENTION_DAYS", "0")],

@@ -124,10 +124,13 @@ async fn a_check_tells_of_each_enabled_webhook_what_it_found() {
     }
     let disabled = api.get(&disabled_path).await.is(200);
     assert_eq!(disabled["last_checked_at"], Value::Null);
-    let received = well.received();
-    assert_eq!(received.len(), 1, "one of two is enabled");
-    assert_eq!(received[0].method, "HEAD");
-    assert!(!received[0].headers.contains_key("leasehold-signature"));
+    let looks: Vec<_> = well
+        .received()
+        .into_iter()
+        .filter(|one| one.method == "HEAD")
+        .collect();
+    assert_eq!(looks.len(), 1, "one of two is enabled");
+    assert!(!looks[0].headers.contains_key("leasehold-signature"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

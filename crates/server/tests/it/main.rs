@@ -5,6 +5,7 @@
 mod auth;
 mod command;
 mod crud;
+mod deliveries;
 mod document;
 mod erasure;
 mod feedback;

@@ -56,6 +56,8 @@ impl From<Failure> for Problem {
                     Self::new(Code::ModifiedConcurrently, "the row changed while it was written")
                         .because(error)
                 }
+                // Also a deadlock and a statement that the server's own timeout has ended: Diesel keeps their SQLSTATE
+                // to itself, and their texts are translated. Ours lock in one order, and no timeout is needed.
                 _ => Self::internal(error),
             },
         }

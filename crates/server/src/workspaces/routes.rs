@@ -172,15 +172,23 @@ pub(crate) async fn delete(
         // The fence of a lease is in the row that goes away, so the statement that removes it is the fence.
         WorkspaceLock::Lease(_) => {
             let lock_id = locked.guard.lock_id().as_uuid();
-            state
+            let removing = state.db().removing(&locked.guard);
+            // An answer from before may be given again, and then the row stays.
+            let mut removed = false;
+            let answer = state
                 .gated(&write.once, &[id.tenant], async |conn| {
                     write.check_version(conn).await?;
-                    match store::delete(conn, id, Some(lock_id)).await? {
+                    removed = store::delete(conn, id, Some(lock_id)).await?;
+                    match removed {
                         true => Ok(Answer::no_content()),
                         false => Err(Problem::lock_lost().into()),
                     }
                 })
-                .await
+                .await?;
+            if removed {
+                removing.committed();
+            }
+            Ok(answer)
         }
         WorkspaceLock::Advisory(_) => {
             write

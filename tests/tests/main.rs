@@ -7,6 +7,7 @@ mod bench;
 mod bounds;
 mod budgets;
 mod crashes;
+mod deliveries;
 mod disturbances;
 mod doubt;
 mod faults;

@@ -46,7 +46,8 @@ pub trait DistributedLock: Send + Sync {
     /// and ends after its `ttl` at the latest.
     async fn try_acquire(&self, request: &LockRequest) -> Result<LockGuard, AcquireError>;
 
-    /// Tries until the lock is free or `wait` has passed; at least once. Waiting holds no connection.
+    /// Tries until the lock is free or `wait` has passed; at least once. Waiting holds no connection, and a backend that
+    /// does not answer lengthens it by a moment only.
     ///
     /// # Errors
     /// As [`DistributedLock::try_acquire`], with [`AcquireError::TimedOut`] in the place of

@@ -2,23 +2,23 @@
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::middleware::{Next, from_fn_with_state, map_request};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::get;
 use leasehold_http::openapi::{ProblemComponents, ReplayedAnswers};
 use leasehold_http::{LockScopeLayer, RequestIdLayer, on_panic};
 use tower_http::catch_panic::CatchPanicLayer;
-use utoipa::{Modify, OpenApi};
 use utoipa::openapi::OpenApi as Document;
+use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use utoipa_swagger_ui::SwaggerUi;
 
-use crate::idempotency::take_fingerprint;
+use crate::idempotency::answer_once;
 use crate::state::AppState;
 use crate::{
-    contexts, default_config, feedback_records, jobs, locks, service, tenants, versions, webhooks, work_items,
-    workspaces,
+    contexts, default_config, feedback_records, jobs, locks, service, tenants, versions, webhooks,
+    work_items, workspaces,
 };
 
 #[derive(OpenApi)]
@@ -128,7 +128,7 @@ pub fn openapi() -> Document {
 /// The service, ready to be served.
 ///
 /// The layers from the outside in: ids and problems, the release of locks before the response leaves, panics,
-/// fingerprints. So a panic's answer too is sent after the release, and is a problem with an id.
+/// idempotency keys. So a panic's answer too is sent after the release, and is a problem with an id.
 pub fn router(state: AppState) -> Router {
     let api = Router::from(routes());
     let ui = SwaggerUi::new("/docs")
@@ -136,9 +136,9 @@ pub fn router(state: AppState) -> Router {
         // It would ask a server elsewhere whether the document is valid.
         .config(utoipa_swagger_ui::Config::from("/openapi.json").validator_url("none"));
     api.layer(from_fn_with_state(state.clone(), tell_of_writes))
+        .layer(from_fn_with_state(state.clone(), answer_once))
         .with_state(state)
         .merge(ui)
-        .layer(map_request(take_fingerprint))
         .layer(CatchPanicLayer::custom(on_panic))
         .layer(LockScopeLayer)
         .layer(RequestIdLayer)

@@ -136,7 +136,7 @@ pub(crate) async fn patch(
             let record = store::get(conn, id, only).await?;
             Answer::ok(&record.ok_or_else(no_record)?)
         };
-        return state.ungated(&once, read).await;
+        return state.read(read).await;
     }
     let tenants = async |conn: &mut AsyncPgConnection| Ok(vec![must_find(conn, id, only).await?]);
     let write = async |conn: &mut AsyncPgConnection, tenants: &[String]| {

@@ -7,14 +7,13 @@ use axum::extract::Request;
 use http_body_util::BodyExt;
 use sha2::{Digest, Sha256};
 
-use super::IDEMPOTENCY_KEY;
-
 /// SHA-256 over the method, the path, the query and what has been read of the body.
 #[derive(Clone, Debug)]
 pub(super) struct Fingerprint(Arc<Mutex<Sha256>>);
 
 impl Fingerprint {
-    fn begin<B>(request: &axum::http::Request<B>) -> Self {
+    /// Begins it; what is read of the body is added.
+    pub(super) fn take(request: Request) -> (Request, Self) {
         let mut hash = Sha256::new();
         let uri = request.uri();
         for part in [
@@ -25,7 +24,16 @@ impl Fingerprint {
             hash.update((part.len() as u64).to_be_bytes());
             hash.update(part);
         }
-        Self(Arc::new(Mutex::new(hash)))
+        let fingerprint = Self(Arc::new(Mutex::new(hash)));
+        let reading = fingerprint.clone();
+        let request = request.map(|body| {
+            Body::new(body.inspect_frame(move |frame| {
+                if let Some(bytes) = frame.data_ref() {
+                    reading.hash().update(bytes);
+                }
+            }))
+        });
+        (request, fingerprint)
     }
 
     /// Of what has been read so far.
@@ -38,33 +46,14 @@ impl Fingerprint {
     }
 }
 
-/// Takes the fingerprint of a request that has an idempotency key. It goes around all routes.
-pub(crate) async fn take_fingerprint(mut request: Request) -> Request {
-    if !request.headers().contains_key(IDEMPOTENCY_KEY) {
-        return request;
-    }
-    let fingerprint = Fingerprint::begin(&request);
-    request.extensions_mut().insert(fingerprint.clone());
-    request.map(|body| {
-        Body::new(body.inspect_frame(move |frame| {
-            if let Some(bytes) = frame.data_ref() {
-                fingerprint.hash().update(bytes);
-            }
-        }))
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     async fn of(method: &str, uri: &str, body: &str) -> [u8; 32] {
         let request = Request::builder().method(method).uri(uri);
-        let request = request
-            .header(IDEMPOTENCY_KEY, "key")
-            .body(Body::from(body.to_owned()));
-        let request = take_fingerprint(request.unwrap()).await;
-        let fingerprint = request.extensions().get::<Fingerprint>().unwrap().clone();
+        let request = request.body(Body::from(body.to_owned())).unwrap();
+        let (request, fingerprint) = Fingerprint::take(request);
         let read = request.into_body().collect().await.unwrap().to_bytes();
         assert_eq!(read, body.as_bytes());
         fingerprint.finish()
@@ -83,11 +72,5 @@ mod tests {
         ] {
             assert_ne!(one, of(method, uri, body).await, "{method} {uri} {body}");
         }
-    }
-
-    #[tokio::test]
-    async fn without_a_key_nothing_is_taken() {
-        let request = take_fingerprint(Request::put("/a").body(Body::empty()).unwrap()).await;
-        assert!(request.extensions().get::<Fingerprint>().is_none());
     }
 }

@@ -13,15 +13,17 @@ mod fingerprint;
 mod prune;
 mod store;
 
-use axum::extract::{FromRequest, Request};
+use std::sync::{Arc, OnceLock};
+
+use axum::extract::{FromRequest, Request, State};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName};
-use axum::response::IntoResponse;
+use axum::http::{HeaderMap, HeaderName, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
 use diesel_async::AsyncPgConnection;
 use leasehold_http::{Code, Early, Problem};
 use uuid::Uuid;
 
-pub(crate) use fingerprint::take_fingerprint;
 pub(crate) use prune::prune;
 
 use crate::answer::Answer;
@@ -34,6 +36,38 @@ use store::Found;
 /// The header with the key.
 pub(crate) const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const MAX_KEY: usize = 255;
+
+/// Takes the fingerprint of a request that has a key, for the extractors. It goes around all routes.
+///
+/// A request that finds nothing to write to is looked up once more: a twin of it may have been done since it looked
+/// first, and have deleted just that.
+pub(crate) async fn answer_once(State(state): State<AppState>, request: Request, next: Next) -> Response {
+    if !request.headers().contains_key(IDEMPOTENCY_KEY) {
+        return next.run(request).await;
+    }
+    let (mut request, fingerprint) = Fingerprint::take(request);
+    let asked = Asked {
+        fingerprint,
+        key: Arc::default(),
+    };
+    request.extensions_mut().insert(asked.clone());
+    let answer = next.run(request).await;
+    match asked.key.get() {
+        Some(key) if answer.status() == StatusCode::NOT_FOUND => {
+            let found = state.read(async |conn| key.find(conn).await).await;
+            found.ok().flatten().map_or(answer, Answer::into_response)
+        }
+        _ => answer,
+    }
+}
+
+/// What goes along with a request that has a key.
+#[derive(Clone)]
+struct Asked {
+    fingerprint: Fingerprint,
+    /// As soon as the caller is known.
+    key: Arc<OnceLock<Key>>,
+}
 
 /// What is known of a request's idempotency key. A request without one is not asked about, and its answer not stored.
 #[derive(Clone, Debug)]
@@ -52,14 +86,14 @@ impl Once {
         let Some(text) = key(&parts.headers)? else {
             return Ok(Self(None));
         };
-        let fingerprint = parts.extensions.get::<Fingerprint>().cloned();
-        let fingerprint =
-            fingerprint.ok_or_else(|| Problem::internal("nothing has taken the request's fingerprint"))?;
-        Ok(Self(Some(Box::new(Key {
+        let asked = parts.extensions.get::<Asked>();
+        let asked = asked.ok_or_else(|| Problem::internal("nothing has taken the request's fingerprint"))?;
+        let key = asked.key.get_or_init(|| Key {
             credential: caller.credential,
             text,
-            fingerprint,
-        }))))
+            fingerprint: asked.fingerprint.clone(),
+        });
+        Ok(Self(Some(Box::new(key.clone()))))
     }
 
     /// Whether the request has a key.

@@ -80,7 +80,12 @@ pub(crate) enum Deleted {
     NoSuchTenant,
 }
 
-const DELETE: &str = "DELETE FROM tenants WHERE id = $1";
+// The answers that were kept for its clients mean nothing to those of another tenant of that id.
+const DELETE: &str = "
+    WITH answers AS (
+        DELETE FROM idempotency_keys WHERE tenant_id = $1
+    )
+    DELETE FROM tenants WHERE id = $1";
 
 /// Deletes a tenant and its keys, if it owns nothing else: the foreign keys of what it owns say no, also to what is
 /// made at the same moment.

@@ -120,14 +120,15 @@ pub(crate) async fn patch(
             let webhook = store::get(conn, id, only).await?;
             Answer::ok(&webhook.ok_or_else(no_webhook)?)
         };
-        return state.ungated(&once, read).await;
+        return state.read(read).await;
     }
     let to = patch.tenant_id.as_ref().map(Slug::as_str);
     owner::seen(&access.caller, patch.tenant_id.as_ref())?;
     let tenants = async |conn: &mut AsyncPgConnection| {
         let from = must_find(conn, id, only).await?;
         owner::must_exist(conn, to).await?;
-        Ok([from].into_iter().chain(to.map(str::to_owned)).collect())
+        // What is answered is the new owner's.
+        Ok(to.map(str::to_owned).into_iter().chain([from]).collect())
     };
     let write = async |conn: &mut AsyncPgConnection, tenants: &[String]| match store::patch(
         conn, id, tenants, &patch,

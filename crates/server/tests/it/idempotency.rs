@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use axum::http::Method;
+use leasehold_server::Settings;
 use leasehold_server::auth::Role;
+use leasehold_server::waiters::Limits;
 use serde_json::{Value, json};
 
 use crate::in_both_modes;
 use crate::locking::Stuck;
-use crate::support::{Answer, Api, MAIN};
+use crate::support::{Answer, Api, MAIN, eventually, settings};
 
 in_both_modes!(
     every_write_that_is_sent_again_is_answered_as_the_first,
@@ -18,8 +20,11 @@ in_both_modes!(
     a_failed_write_leaves_its_key_free,
     a_request_under_way_has_its_key,
     the_same_key_at_once_has_one_effect,
+    a_deletion_at_once_with_its_twin_is_not_told_that_nothing_is_there,
     a_stored_answer_needs_no_lock,
     an_answer_is_kept_for_a_day,
+    an_answer_goes_with_what_it_tells_of,
+    a_patch_that_changes_nothing_leaves_its_key_free,
     reads_and_forced_releases_take_no_key,
 );
 
@@ -266,6 +271,70 @@ async fn the_same_key_at_once_has_one_effect(api: Api) {
     assert_eq!(version(&api).await, 10);
 }
 
+/// Both have looked before either was done: then one of them finds nothing to delete.
+async fn a_deletion_at_once_with_its_twin_is_not_told_that_nothing_is_there(api: Api) {
+    let limits = Limits {
+        total: 2,
+        per_tenant: 2,
+    };
+    let few = Settings {
+        waiters: limits,
+        ..settings(api.mode())
+    };
+    let api = Arc::new(Api::start_with(few).await);
+    let guard = api.hold("acme", "main").await;
+    let twins: Vec<_> = (0..2)
+        .map(|_| {
+            let api = api.clone();
+            let headers = [("idempotency-key", "k"), ("prefer", "wait=20")];
+            tokio::spawn(async move {
+                loop {
+                    let answer = api.send(Method::DELETE, MAIN, &headers, None).await;
+                    // Who looks whether both wait may have had the place.
+                    if answer.status != 503 {
+                        return answer;
+                    }
+                }
+            })
+        })
+        .collect();
+    eventually("both wait for the workspace", async || {
+        let wait = [("prefer", "wait=0")];
+        let body = Some(json!({"value": 1}).to_string());
+        let path = format!("{MAIN}/default-config/a");
+        let third = api.send(Method::PUT, &path, &wait, body);
+        third.await.status == 503
+    })
+    .await;
+    api.release(guard).await;
+    let mut replays = 0;
+    for twin in twins {
+        let answer = twin.await.unwrap();
+        assert_eq!(answer.status, 204, "{:#}", answer.body);
+        replays += usize::from(answer.header("idempotency-replayed").is_some());
+    }
+    assert_eq!(replays, 1);
+
+    for round in 0..30 {
+        let record = json!({"tenant_id": "acme", "value": round});
+        let record = api.post("/v1/feedback-records", record).await.is(201);
+        let path = format!("/v1/feedback-records/{}", record["id"].as_str().unwrap());
+        let twins: Vec<_> = (0..4)
+            .map(|_| {
+                let (api, path, key) = (api.clone(), path.clone(), format!("round-{round}"));
+                tokio::spawn(async move { send(&api, &key, Method::DELETE, &path, None).await })
+            })
+            .collect();
+        for twin in twins {
+            let answer = twin.await.unwrap();
+            match answer.status {
+                204 => {}
+                _ => drop(answer.problem(409, "idempotency_in_progress")),
+            }
+        }
+    }
+}
+
 async fn a_stored_answer_needs_no_lock(api: Api) {
     let first = put(&api, "k", "a", 1).await;
     assert_eq!(first.status, 200);
@@ -293,6 +362,76 @@ async fn an_answer_is_kept_for_a_day(api: Api) {
     is_replay(&second, &put(&api, "k", "b", 2).await);
 }
 
+/// Whose data each stored answer tells of, by its key.
+async fn owners(api: &Api) -> Vec<(String, Option<String>)> {
+    let stored = "SELECT key, tenant_id FROM idempotency_keys ORDER BY key";
+    let rows = api.client().await.query(stored, &[]).await.unwrap();
+    rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+}
+
+async fn an_answer_goes_with_what_it_tells_of(api: Api) {
+    put(&api, "1", "a", 1).await.is(200);
+    let body = json!({"tenant_id": "acme", "url": "https://example.com/"});
+    let webhook = send(&api, "2", Method::POST, "/v1/webhooks", Some(body))
+        .await
+        .is(201);
+    let webhook = format!("/v1/webhooks/{}", webhook["id"].as_str().unwrap());
+    let body = json!({"tenant_id": "other"});
+    send(&api, "3", Method::PATCH, &webhook, Some(body)).await.is(200);
+    let body = json!({"id": "zeta"});
+    send(&api, "4", Method::POST, "/v1/tenants", Some(body))
+        .await
+        .is(201);
+    let workspaces = "/v1/tenants/zeta/workspaces";
+    let body = json!({"name": "main"});
+    send(&api, "5", Method::POST, workspaces, Some(body.clone()))
+        .await
+        .is(201);
+    let of = |key: &str, tenant: Option<&str>| (key.to_owned(), tenant.map(str::to_owned));
+    let all = [
+        of("1", Some("acme")),
+        of("2", Some("acme")),
+        of("3", Some("other")),
+        of("4", None),
+        of("5", Some("zeta")),
+    ];
+    assert_eq!(owners(&api).await, all);
+
+    let purge = async || send(&api, "6", Method::DELETE, "/v1/tenants/acme/data", None).await;
+    let purged = purge().await;
+    assert_eq!(purged.body["deleted"]["idempotency_keys"], 2, "{:#}", purged.body);
+    is_replay(&purged, &purge().await);
+    api.delete(&format!("{workspaces}/main")).await.is(204);
+    api.delete("/v1/tenants/zeta").await.is(204);
+    assert_eq!(
+        owners(&api).await,
+        [of("3", Some("other")), of("4", None), of("6", None)]
+    );
+    // A tenant of the same id is another one.
+    api.post("/v1/tenants", json!({"id": "zeta"})).await.is(201);
+    let made = send(&api, "5", Method::POST, workspaces, Some(body)).await;
+    assert_eq!((made.status, made.header("idempotency-replayed")), (201, None));
+}
+
+async fn a_patch_that_changes_nothing_leaves_its_key_free(api: Api) {
+    let record = json!({"tenant_id": "acme", "value": 1});
+    let record = api.post("/v1/feedback-records", record).await.is(201);
+    let webhook = json!({"tenant_id": "acme", "url": "https://example.com/"});
+    let webhook = api.post("/v1/webhooks", webhook).await.is(201);
+    let id = |row: &Value| row["id"].as_str().unwrap().to_owned();
+    for path in [
+        MAIN.to_owned(),
+        format!("/v1/feedback-records/{}", id(&record)),
+        format!("/v1/webhooks/{}", id(&webhook)),
+    ] {
+        send(&api, "k", Method::PATCH, &path, Some(json!({})))
+            .await
+            .is(200);
+    }
+    assert_eq!(owners(&api).await, []);
+    put(&api, "k", "a", 1).await.is(200);
+}
+
 async fn reads_and_forced_releases_take_no_key(api: Api) {
     let guard = api.hold("acme", "main").await;
     let release = format!("{MAIN}/lock?reason=stuck");
@@ -300,7 +439,5 @@ async fn reads_and_forced_releases_take_no_key(api: Api) {
     drop(guard);
     send(&api, "k", Method::GET, MAIN, None).await.is(200);
     send(&api, "not a key", Method::GET, MAIN, None).await.is(200);
-    let stored = "SELECT count(*) FROM idempotency_keys";
-    let stored: i64 = api.client().await.query_one(stored, &[]).await.unwrap().get(0);
-    assert_eq!(stored, 0);
+    assert_eq!(owners(&api).await, []);
 }

@@ -111,7 +111,10 @@ async fn follow_the_printed_lines(service: &Service) {
             200 if body["deleted"].is_object() => {
                 purged += 1;
                 assert_eq!(body["tenant_id"], "demo-old", "{said}");
-                assert_eq!(body["deleted"]["workspaces"], 1, "each start fills it again: {body}");
+                assert_eq!(
+                    body["deleted"]["workspaces"], 1,
+                    "each start fills it again: {body}"
+                );
                 assert_eq!(body["deleted"]["feedback_records"], 3, "{body}");
             }
             200 => {

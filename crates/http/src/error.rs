@@ -127,9 +127,11 @@ impl From<QueueError> for Problem {
         match error {
             QueueError::Invalid(invalid) => invalid.into(),
             QueueError::Unavailable(source) => source.into(),
-            QueueError::OutcomeUnknown(source) => {
-                Self::new(Code::OutcomeUnknown, "whether the work queue was changed is unknown").because(source)
-            }
+            QueueError::OutcomeUnknown(source) => Self::new(
+                Code::OutcomeUnknown,
+                "whether the work queue was changed is unknown",
+            )
+            .because(source),
         }
     }
 }

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use diesel_async::{AsyncPgConnection, SimpleAsyncConnection};
-use leasehold_domain::{AcquireError, ExtendError, LockId, QueueError, ReleaseError, ResumeError, Unavailable};
+use leasehold_domain::{
+    AcquireError, ExtendError, LockId, QueueError, ReleaseError, ResumeError, Unavailable,
+};
 
 /// Why a statement did not do its work.
 ///

@@ -277,7 +277,9 @@ async fn listen(
         drop(ended);
     });
     client
-        .batch_execute(&format!("LISTEN {WAIT_CHANNEL}; LISTEN {FREE_CHANNEL}; LISTEN {JOBS_CHANNEL}"))
+        .batch_execute(&format!(
+            "LISTEN {WAIT_CHANNEL}; LISTEN {FREE_CHANNEL}; LISTEN {JOBS_CHANNEL}"
+        ))
         .await?;
     // Whatever was sent before was not heard.
     state.jobs.send_replace(());

@@ -120,7 +120,10 @@ async fn serve_on(
         stop.reach(Stage::Draining);
         served
     };
-    let (served, ()) = tokio::join!(requests, end_deliveries(deliveries, config.shutdown_grace(), stop));
+    let (served, ()) = tokio::join!(
+        requests,
+        end_deliveries(deliveries, config.shutdown_grace(), stop)
+    );
     end(tasks).await;
     served
 }

@@ -117,5 +117,5 @@ enum FanOutError {
     #[error("they cannot be written")]
     Write(#[from] serde_json::Error),
     #[error("nothing was changed, or what was is unknown")]
-    Transaction(#[source] Box<GateError<FanOutError>>),
+    Transaction(#[source] Box<GateError<Self>>),
 }

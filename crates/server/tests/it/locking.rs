@@ -368,7 +368,10 @@ impl Stuck {
             .unwrap();
         let writer = api.clone();
         let write = tokio::spawn(async move {
-            let (path, body) = (format!("{MAIN}/default-config/a"), json!({"value": 1}).to_string());
+            let (path, body) = (
+                format!("{MAIN}/default-config/a"),
+                json!({"value": 1}).to_string(),
+            );
             writer.send(Method::PUT, &path, headers, Some(body)).await
         });
         let waits =

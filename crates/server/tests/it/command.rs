@@ -10,7 +10,7 @@ use leasehold_server::auth::Role;
 use leasehold_server::config::WorkspaceLockMode;
 use serde_json::Value;
 
-use crate::support::{Api, MAIN, database, empty_database, eventually};
+use crate::support::{Api, MAIN, client, database, empty_database, eventually};
 
 const VARIABLES: [&str; 17] = [
     "DATABASE_URL",
@@ -354,6 +354,28 @@ async fn a_stopped_service_ends_what_it_has_begun() {
 }
 
 /// Also as the superuser, who may not run Postgres: then an unprivileged user does.
+#[tokio::test(flavor = "multi_thread")]
+async fn stored_answers_are_deleted_when_they_are_a_day_old() {
+    let url = database().await;
+    let client = client(&url).await;
+    // More than go at once.
+    let stored = "INSERT INTO idempotency_keys (credential, key, fingerprint, status, answer, created_at)
+                  SELECT gen_random_uuid(), n::text, '', 200, '', clock_timestamp() - n * interval '1 minute'
+                  FROM generate_series(1, 5000) AS n";
+    client.batch_execute(stored).await.unwrap();
+    let variables = [("DATABASE_URL", &*url), ("LISTEN_ADDR", "127.0.0.1:0")];
+    let _serving = Serving::start(&["serve"], &variables, Path::new("."));
+    eventually("the old ones are gone", async || {
+        let count = "SELECT count(*), count(*) FILTER (WHERE created_at > clock_timestamp() - interval '23 hours')
+                     FROM idempotency_keys";
+        let row = client.query_one(count, &[]).await.unwrap();
+        let (all, fresh): (i64, i64) = (row.get(0), row.get(1));
+        assert!(fresh >= 23 * 60 - 2, "{fresh}");
+        all <= 24 * 60
+    })
+    .await;
+}
+
 #[test]
 fn the_first_minute_and_the_second_start() {
     let folder = tempfile::tempdir().unwrap();

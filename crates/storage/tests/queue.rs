@@ -2,11 +2,10 @@
 
 mod clauses;
 mod interleavings;
-
+mod load;
 mod statements;
+mod worker;
 
-
-use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -15,7 +14,7 @@ use leasehold_storage::{Database, Dropped, GivenUp, PgWorkQueue, Processed, Proc
 use tokio::sync::mpsc;
 use tokio_postgres::Client;
 
-use crate::support::{TestDatabase, eventually};
+use crate::support::TestDatabase;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 

@@ -82,6 +82,29 @@ fn every_operation_is_described() {
 }
 
 #[test]
+fn every_write_but_those_of_locks_takes_an_idempotency_key() {
+    let document = serde_json::to_value(app::openapi()).unwrap();
+    let mut keyed = 0;
+    for (method, path, operation) in operations(&document) {
+        let of_locks = path.contains("/locks/") || path.ends_with("/lock");
+        let takes_one = method != "get" && !path.ends_with("/resolve") && !of_locks;
+        let parameters = operation["parameters"].as_array();
+        let has_one = parameters
+            .into_iter()
+            .flatten()
+            .any(|parameter| parameter["name"] == "Idempotency-Key" && parameter["in"] == "header");
+        assert_eq!(has_one, takes_one, "{method} {path}");
+        for (status, response) in operation["responses"].as_object().unwrap() {
+            let replayed = response["headers"].get("Idempotency-Replayed").is_some();
+            let success = status.starts_with('2');
+            assert_eq!(replayed, takes_one && success, "{method} {path} {status}");
+        }
+        keyed += usize::from(has_one);
+    }
+    assert!(keyed >= 20, "{keyed}");
+}
+
+#[test]
 fn every_reference_leads_somewhere() {
     fn references<'a>(value: &'a Value, found: &mut Vec<&'a str>) {
         match value {

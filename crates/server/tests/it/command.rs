@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use leasehold_server::auth::Role;
 use leasehold_server::config::WorkspaceLockMode;
+use leasehold_server::workspace_lock_name;
+use leasehold_storage::advisory::AdvisoryKey;
 use serde_json::Value;
 
 use crate::support::{Api, MAIN, client, database, empty_database, eventually};
@@ -341,9 +343,15 @@ async fn a_stopped_service_ends_what_it_has_begun() {
         )
     });
     eventually("the request waits", async || {
-        // What the service last said on its listening connection: a waiter makes itself known.
-        let waits = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'NOTIFY leasehold_wait%'";
-        api.client().await.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) > 0
+        // What the service last said on its listening connection: a waiter makes itself known, for this name.
+        let AdvisoryKey::Big(key) = AdvisoryKey::of(&workspace_lock_name("acme", "main").unwrap()) else {
+            unreachable!("names have big keys")
+        };
+        let said = format!("NOTIFY leasehold_wait, '{key}'");
+        let waits = "SELECT count(*) FROM pg_stat_activity
+                     WHERE datname = current_database() AND strpos(query, $1) > 0 AND pid <> pg_backend_pid()";
+        let row = api.client().await.query_one(waits, &[&said]).await.unwrap();
+        row.get::<_, i64>(0) > 0
     })
     .await;
     serving.signal("INT");
@@ -353,7 +361,6 @@ async fn a_stopped_service_ends_what_it_has_begun() {
     assert!(serving.ended().success());
 }
 
-/// Also as the superuser, who may not run Postgres: then an unprivileged user does.
 #[tokio::test(flavor = "multi_thread")]
 async fn stored_answers_are_deleted_when_they_are_a_day_old() {
     let url = database().await;
@@ -366,7 +373,8 @@ async fn stored_answers_are_deleted_when_they_are_a_day_old() {
     let variables = [("DATABASE_URL", &*url), ("LISTEN_ADDR", "127.0.0.1:0")];
     let _serving = Serving::start(&["serve"], &variables, Path::new("."));
     eventually("the old ones are gone", async || {
-        let count = "SELECT count(*), count(*) FILTER (WHERE created_at > clock_timestamp() - interval '23 hours')
+        let count =
+            "SELECT count(*), count(*) FILTER (WHERE created_at > clock_timestamp() - interval '23 hours')
                      FROM idempotency_keys";
         let row = client.query_one(count, &[]).await.unwrap();
         let (all, fresh): (i64, i64) = (row.get(0), row.get(1));
@@ -376,6 +384,7 @@ async fn stored_answers_are_deleted_when_they_are_a_day_old() {
     .await;
 }
 
+/// Also as the superuser, who may not run Postgres: then an unprivileged user does.
 #[test]
 fn the_first_minute_and_the_second_start() {
     let folder = tempfile::tempdir().unwrap();

@@ -4,7 +4,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use leasehold_conformance::this_test_binary;
-use leasehold_domain::{NewWork, Scope, WorkQueue};
+use leasehold_domain::{NewWork, WorkQueue};
 use leasehold_storage::{ConnectOptions, Database, PgWorkQueue, Processed, Worker, WorkerOptions};
 use serde_json::json;
 use tokio::process::{Child, Command};
@@ -104,13 +104,16 @@ async fn lost_events(producer: Producer, rounds: i64) -> Vec<String> {
     })
     .await;
     let mut producers = JoinSet::new();
-    for first in 0..5 {
+    for first in 0..10 {
         let (queue, client) = (bench.other().await, bench.database.client().await);
         producers.spawn(async move {
             for round in 1..=rounds {
                 // Each has its own scopes, so that the numbers of a scope grow.
-                for scope in (first..SCOPES).step_by(5) {
-                    produce(producer, &queue, &client, scope, round).await;
+                let mine: Vec<i64> = (first..SCOPES).step_by(10).collect();
+                // Half of them one by one, half in one call.
+                let size = if round % 2 == 0 { mine.len() } else { 1 };
+                for scopes in mine.chunks(size) {
+                    produce(producer, &queue, &client, scopes, round).await;
                 }
             }
         });
@@ -130,29 +133,31 @@ async fn lost_events(producer: Producer, rounds: i64) -> Vec<String> {
             SELECT number < lag(number) OVER (PARTITION BY scope ORDER BY at) AS back FROM seen
         ) AS steps WHERE back";
     assert_eq!(bench.number(backwards).await, 0, "what is seen later is newer");
-    let lost = "SELECT scope::text FROM generate_series(0, $1::bigint - 1) AS scope
-                WHERE NOT EXISTS (SELECT FROM seen s WHERE s.scope = scope::text AND s.number = $2)";
+    let lost = "SELECT wanted.id::text FROM generate_series(0, $1::bigint - 1) AS wanted(id)
+                WHERE NOT EXISTS (SELECT FROM seen s WHERE s.scope = wanted.id::text AND s.number = $2)";
     let rows = bench.client.query(lost, &[&SCOPES, &rounds]).await.unwrap();
     rows.iter().map(|row| row.get(0)).collect()
 }
 
-async fn produce(producer: Producer, queue: &PgWorkQueue, client: &Client, scope: i64, number: i64) {
-    let id = scope.to_string();
+async fn produce(producer: Producer, queue: &PgWorkQueue, client: &Client, scopes: &[i64], number: i64) {
+    let ids = scopes.iter().map(i64::to_string);
     match producer {
         Producer::Ours => {
-            let work = NewWork::new(Scope::new("acme", "reindex", "plan", id)).with_payload(json!(number));
-            queue.enqueue(&work).await.unwrap();
+            let many: Vec<NewWork> = ids.map(|id| work(&id).with_payload(json!(number))).collect();
+            queue.enqueue_many(&many).await.unwrap();
         }
         Producer::SkipsClaimed => {
             let skip = "INSERT INTO leasehold.work_items AS w
                     (tenant_id, kind, scope_type, scope_id, payload, priority, event_at, max_attempts)
-                VALUES ('acme', 'reindex', 'plan', $1, $2, 100, clock_timestamp(), 10)
+                SELECT 'acme', 'reindex', 'plan', n.id, $2, 100, clock_timestamp(), 10
+                FROM unnest($1::text[]) AS n(id)
                 ON CONFLICT ON CONSTRAINT work_items_one_a_scope DO UPDATE
                 SET generation = w.generation + 1, payload = excluded.payload
                 WHERE NOT EXISTS (
                     SELECT FROM leasehold.work_claims c WHERE c.item_id = w.id AND c.expires_at > clock_timestamp()
                 )";
-            client.execute(skip, &[&id, &json!(number)]).await.unwrap();
+            let ids: Vec<String> = ids.collect();
+            client.execute(skip, &[&ids, &json!(number)]).await.unwrap();
         }
     }
 }

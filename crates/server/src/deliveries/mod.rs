@@ -1,8 +1,8 @@
 //! Deliveries: what was written to the outbox reaches the webhooks of its tenant.
 //!
 //! A write puts its events into the outbox, in its own transaction, and is answered. From there on each instance does
-//! its share: [`fan_out`] makes a work item of each event and webhook, [`delivery`] sends it, again and again until it
-//! arrives or is given up, and [`health`] looks now and then who can be reached at all.
+//! its share: `fan_out` makes a work item of each event and webhook, `delivery` sends it, again and again until it
+//! arrives or is given up, and `health` looks now and then who can be reached at all.
 
 mod client;
 mod delivery;

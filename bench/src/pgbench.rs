@@ -36,10 +36,17 @@ impl Pgbench {
     }
 
     /// A lane that runs a script.
-    pub(crate) fn lane(&self, database: &BenchDatabase, clients: u32, script: &str) -> Result<Box<dyn Lane>> {
+    pub(crate) fn lane(
+        &self,
+        name: &str,
+        database: &BenchDatabase,
+        clients: u32,
+        script: &str,
+    ) -> Result<Box<dyn Lane>> {
         let file = std::env::temp_dir().join(format!("leasehold-bench-{}.sql", Uuid::new_v4()));
         std::fs::write(&file, script)?;
         Ok(Box::new(Script {
+            name: name.to_owned(),
             program: self.program.clone(),
             url: database.url.clone(),
             clients,
@@ -49,6 +56,7 @@ impl Pgbench {
 }
 
 struct Script {
+    name: String,
     program: PathBuf,
     url: String,
     clients: u32,
@@ -64,7 +72,7 @@ impl Drop for Script {
 #[async_trait]
 impl Lane for Script {
     fn name(&self) -> &str {
-        "pgbench"
+        &self.name
     }
 
     async fn run(&mut self, window: Duration) -> Result<Sample> {

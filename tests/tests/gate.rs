@@ -19,7 +19,7 @@ diesel::table! {
 }
 
 /// What only the statement that enters gates contains.
-const ENTER: &str = "FROM unnest($1) WITH ORDINALITY AS gates";
+const ENTER: &str = "WITH ORDINALITY AS gates";
 
 async fn write(process: &Database, tenants: &[&str], value: i64) -> Result<(), GateError<Failure>> {
     process

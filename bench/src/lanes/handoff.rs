@@ -68,7 +68,7 @@ pub(crate) async fn one_name(bench: &Bench, database: &BenchDatabase) -> Result 
     group.add(Clients::lane("server queue", queue.await?));
     if let Some(pgbench) = &bench.pgbench {
         let script = [raw::LOCK, raw::UNLOCK].map(|sql| pgbench::statement(sql, &["4712"]));
-        group.add(pgbench.lane(database, WAITERS, &script.concat())?);
+        group.add(pgbench.lane("pgbench", database, WAITERS, &script.concat())?);
     }
     bench.measure(group).await
 }

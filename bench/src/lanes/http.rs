@@ -8,6 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_trait::async_trait;
 use axum::extract::State;
 use axum::routing::put;
 use axum::{Json, Router};
@@ -17,7 +18,7 @@ use diesel_async::RunQueryDsl;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::client::conn::http1::SendRequest;
-use hyper::{Request, StatusCode, header};
+use hyper::{Method, Request, header};
 use hyper_util::rt::TokioIo;
 use leasehold_http::{ApiJson, LockScopeLayer, Problem, RequestIdLayer, on_panic};
 use leasehold_server::auth::{self, Access, NewCredential, Role, Write};
@@ -26,7 +27,7 @@ use leasehold_server::default_config::model::{Entry, NewValue};
 use leasehold_server::waiters::Limits;
 use leasehold_server::workspaces::model::KeyPath;
 use leasehold_server::{AppState, Settings, app, schema};
-use leasehold_storage::{Database, Prepared};
+use leasehold_storage::{Database, Prepared, TenantGate};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
@@ -39,7 +40,7 @@ use crate::capture::Captured;
 use crate::database::BenchDatabase;
 use crate::group::Group;
 use crate::lanes::pairs::BEGIN;
-use crate::measure::{Client, Clients, Lane};
+use crate::measure::{Client, Clients, Lane, Sample};
 use crate::{Bench, Error, Result, pgbench};
 
 const KEY: &str = "lh_0000000000000000000000000000000000000000000000000000000000000000";
@@ -101,6 +102,7 @@ fn state(db: Database, lock_mode: WorkspaceLockMode) -> Result<AppState> {
 struct Sent {
     find: String,
     acquire: String,
+    enter: String,
     put: String,
     record: String,
     fence: String,
@@ -110,7 +112,7 @@ impl Sent {
     async fn capture(database: &BenchDatabase) -> Result<Self> {
         let sent = Captured::of(database, async |db| {
             let service = Service::start(app::router(state(db.clone(), WorkspaceLockMode::Lease)?)).await?;
-            Caller::new(service.address, "default-config", "captured-0")
+            Caller::put(service.address, "default-config", "captured-0")
                 .await?
                 .once()
                 .await
@@ -119,6 +121,7 @@ impl Sent {
         Ok(Self {
             find: sent.find("FROM credentials c")?,
             acquire: sent.find("WITH seen")?,
+            enter: sent.find("WITH ORDINALITY AS gates")?,
             put: sent.find("INSERT INTO default_config")?,
             record: sent.find("INSERT INTO versions")?,
             fence: sent.find("WITH mine")?,
@@ -179,15 +182,22 @@ fn unguarded(state: AppState, sent: Arc<Sent>) -> Router {
         .layer(RequestIdLayer)
 }
 
-/// Puts the same key of a workspace of its own, on one connection.
+/// Sends the same write again and again, on one connection.
 struct Caller {
     sender: SendRequest<Full<Bytes>>,
+    method: Method,
     path: String,
     body: Bytes,
 }
 
 impl Caller {
-    async fn new(address: SocketAddr, collection: &str, workspace: &str) -> Result<Self> {
+    /// Puts the same key of a workspace of its own.
+    async fn put(address: SocketAddr, collection: &str, workspace: &str) -> Result<Self> {
+        let path = format!("/v1/tenants/{TENANT}/workspaces/{workspace}/{collection}/color");
+        Self::new(address, Method::PUT, path, &json!({ "value": value() })).await
+    }
+
+    async fn new(address: SocketAddr, method: Method, path: String, body: &Value) -> Result<Self> {
         let stream = TcpStream::connect(address).await?;
         stream.set_nodelay(true)?;
         let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
@@ -198,8 +208,9 @@ impl Caller {
         });
         Ok(Self {
             sender,
-            path: format!("/v1/tenants/{TENANT}/workspaces/{workspace}/{collection}/color"),
-            body: json!({ "value": value() }).to_string().into(),
+            method,
+            path,
+            body: body.to_string().into(),
         })
     }
 }
@@ -210,7 +221,9 @@ fn value() -> Value {
 
 impl Client for Caller {
     async fn once(&mut self) -> Result {
-        let request = Request::put(&self.path)
+        let request = Request::builder()
+            .method(&self.method)
+            .uri(&self.path)
             .header(header::HOST, "localhost")
             .header(header::AUTHORIZATION, format!("Bearer {KEY}"))
             .header(header::CONTENT_TYPE, "application/json")
@@ -218,7 +231,7 @@ impl Client for Caller {
         let response = self.sender.send_request(request).await?;
         let status = response.status();
         let body = response.into_body().collect().await?.to_bytes();
-        if status == StatusCode::OK {
+        if status.is_success() {
             Ok(())
         } else {
             Err(format!("{status}: {}", String::from_utf8_lossy(&body)).into())
@@ -235,21 +248,13 @@ async fn callers(
 ) -> Result<Box<dyn Lane>> {
     let mut callers = Vec::new();
     for index in 0..clients {
-        callers.push(Caller::new(service.address, collection, &format!("{workspaces}-{index}")).await?);
+        callers.push(Caller::put(service.address, collection, &format!("{workspaces}-{index}")).await?);
     }
     Ok(Clients::lane(name, callers))
 }
 
-pub(crate) async fn guarded_put(bench: &Bench, clients: u32) -> Result {
-    let people = if clients == 1 { "client" } else { "clients" };
-    let mut group = Group::new(
-        format!("PUT over HTTP, {clients} {people}, distinct workspaces, {POOL} connections"),
-        "PUTs/s",
-        &["unguarded", "raw", "raw, unguarded", "pgbench"],
-    );
-    if !bench.wants(group.title()) {
-        return Ok(());
-    }
+/// A database of the service, and what it knows of the key that all use.
+async fn set_up(bench: &Bench) -> Result<(BenchDatabase, Vec<u8>)> {
     let database = bench
         .server
         .create_with("leasehold_bench_http", &schema::migrations())
@@ -271,6 +276,20 @@ pub(crate) async fn guarded_put(bench: &Bench, clients: u32) -> Result {
         .query_one("SELECT key_sha256 FROM credentials", &[])
         .await?
         .get(0);
+    Ok((database, hash))
+}
+
+pub(crate) async fn guarded_put(bench: &Bench, clients: u32) -> Result {
+    let people = if clients == 1 { "client" } else { "clients" };
+    let mut group = Group::new(
+        format!("PUT over HTTP, {clients} {people}, distinct workspaces, {POOL} connections"),
+        "PUTs/s",
+        &["unguarded", "raw", "raw, unguarded", "pgbench"],
+    );
+    if !bench.wants(group.title()) {
+        return Ok(());
+    }
+    let (database, hash) = set_up(bench).await?;
     let sent = Arc::new(Sent::capture(&database).await?);
 
     let mut services = Vec::new();
@@ -292,26 +311,34 @@ pub(crate) async fn guarded_put(bench: &Bench, clients: u32) -> Result {
             Ok(RawPut {
                 find: client.prepare(&sent.find).await?,
                 acquire: client.prepare(&sent.acquire).await?,
+                enter: client.prepare(&sent.enter).await?,
                 put: client.prepare(&sent.put).await?,
                 record: client.prepare(&sent.record).await?,
                 fence: client.prepare(&sent.fence).await?,
                 client,
                 hash: hash.clone(),
                 workspace: format!("{workspaces}-{index}"),
+                gates: vec![TenantGate::key(TENANT)?],
                 guarded,
             })
         });
         group.add(Clients::lane(name, raw.await?));
     }
     if let Some(pgbench) = &bench.pgbench {
-        group.add(pgbench.lane(&database, clients, &script(&sent, &hash))?);
+        group.add(pgbench.lane(
+            "pgbench",
+            &database,
+            clients,
+            &script(&sent, &hash, TenantGate::key(TENANT)?),
+        )?);
     }
     let measured = bench.measure(group).await;
     drop((service, services));
     measured
 }
 
-fn script(sent: &Sent, hash: &[u8]) -> String {
+fn script(sent: &Sent, hash: &[u8], gate: i64) -> String {
+    let gates = format!("ARRAY[{gate}]::bigint[]");
     let hash: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
     let hash = format!("decode('{hash}', 'hex')");
     let workspace = "('pgbench-' || :client_id::text)";
@@ -321,10 +348,84 @@ fn script(sent: &Sent, hash: &[u8]) -> String {
     let find = pgbench::statement(&sent.find, &[&hash, who, "true"]);
     let acquire = [lock_id, operation, who, "10.0::float8", who, workspace];
     let acquire = pgbench::statement(&sent.acquire, &acquire);
+    let enter = pgbench::statement(&sent.enter, &[&gates]);
     let put = pgbench::statement(&sent.put, &[who, workspace, "'color'", value, "NULL::text"]);
     let record = pgbench::statement(&sent.record, &[who, workspace, operation, who, "false"]);
     let fence = pgbench::statement(&sent.fence, &[lock_id, who, workspace]);
-    format!("{find}{acquire}{BEGIN};\n{put}{record}{fence}COMMIT;\n")
+    format!("{find}{acquire}{BEGIN};\n{enter}{put}{record}{fence}COMMIT;\n")
+}
+
+/// What it costs a write of the service that its tables take the gate themselves, although it has entered already.
+pub(crate) async fn net(bench: &Bench, clients: u32) -> Result {
+    let people = if clients == 1 { "client" } else { "clients" };
+    for (what, method) in [
+        ("PUT of a key, a workspace each", Method::PUT),
+        ("POST of a feedback record", Method::POST),
+    ] {
+        let mut group = Group::new(
+            format!("gated tables, {what}, {clients} {people}"),
+            "writes/s",
+            &["without triggers"],
+        );
+        if !bench.wants(group.title()) {
+            continue;
+        }
+        let (database, _) = set_up(bench).await?;
+        let db = database.open(POOL).await?;
+        let service = Service::start(app::router(state(db, WorkspaceLockMode::Lease)?)).await?;
+        for (name, does) in [("without triggers", "DISABLE"), ("with triggers", "ENABLE")] {
+            let mut callers = Vec::new();
+            for index in 0..clients {
+                let caller = if method == Method::PUT {
+                    Caller::put(service.address, "default-config", &format!("lease-{index}")).await?
+                } else {
+                    let record = json!({ "tenant_id": TENANT, "user_id": "somebody", "value": "a thought" });
+                    Caller::new(
+                        service.address,
+                        Method::POST,
+                        "/v1/feedback-records".into(),
+                        &record,
+                    )
+                    .await?
+                };
+                callers.push(caller);
+            }
+            group.add(Box::new(Triggers {
+                inner: Clients::lane(name, callers),
+                client: database.client().await?,
+                does,
+            }));
+        }
+        bench.measure(group).await?;
+    }
+    Ok(())
+}
+
+/// A lane before whose turns the triggers of the gate are switched.
+struct Triggers {
+    inner: Box<dyn Lane>,
+    client: Connection,
+    does: &'static str,
+}
+
+#[async_trait]
+impl Lane for Triggers {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+
+    async fn run(&mut self, window: Duration) -> Result<Sample> {
+        let switch = format!(
+            "DO $$ DECLARE gated REGCLASS; BEGIN
+                 FOR gated IN SELECT tgrelid::regclass FROM pg_trigger WHERE tgname = 'leasehold_gate' LOOP
+                     EXECUTE format('ALTER TABLE %s {} TRIGGER leasehold_gate', gated);
+                 END LOOP;
+             END $$",
+            self.does
+        );
+        self.client.batch_execute(&switch).await?;
+        self.inner.run(window).await
+    }
 }
 
 /// The statements of a PUT without HTTP.
@@ -332,11 +433,14 @@ struct RawPut {
     client: Connection,
     find: Statement,
     acquire: Statement,
+    enter: Statement,
     put: Statement,
     record: Statement,
     fence: Statement,
     hash: Vec<u8>,
     workspace: String,
+    /// The tables take it as well: it must be the tenant's.
+    gates: Vec<i64>,
     guarded: bool,
 }
 
@@ -360,6 +464,9 @@ impl Client for RawPut {
             }
         }
         client.batch_execute(BEGIN).await?;
+        if self.guarded {
+            client.query_one(&self.enter, &[&self.gates]).await?;
+        }
         let value = SqlJson(value());
         client
             .query(&self.put, &[&TENANT, workspace, &"color", &value, &None::<&str>])

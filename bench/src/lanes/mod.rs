@@ -1,5 +1,6 @@
 //! The groups, in the order in which they are printed.
 
+mod gate;
 mod growth;
 mod handoff;
 mod http;
@@ -24,6 +25,17 @@ pub(crate) async fn run(bench: &Bench) -> Result {
     write::create_tables(&database).await?;
     for clients in bench.options.clients.clone() {
         write::guarded(bench, &database, clients).await?;
+    }
+    gate::create_tables(&database).await?;
+    for clients in bench.options.clients.clone() {
+        gate::gated_insert(bench, &database, clients).await?;
+    }
+    for clients in bench.options.clients.clone() {
+        gate::gated_write(bench, &database, clients).await?;
+    }
+    for clients in bench.options.clients.clone() {
+        gate::net(bench, &database, clients).await?;
+        http::net(bench, clients).await?;
     }
     for clients in bench.options.clients.clone() {
         http::guarded_put(bench, clients).await?;

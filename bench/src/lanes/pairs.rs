@@ -74,7 +74,7 @@ pub(crate) async fn session(bench: &Bench, database: &BenchDatabase, clients: u3
     if let Some(pgbench) = &bench.pgbench {
         let key = "(1000 + :client_id)::bigint";
         let script = [raw::TRY_LOCK, raw::UNLOCK].map(|sql| pgbench::statement(sql, &[key]));
-        group.add(pgbench.lane(database, clients, &script.concat())?);
+        group.add(pgbench.lane("pgbench", database, clients, &script.concat())?);
     }
     bench.measure(group).await
 }
@@ -121,7 +121,7 @@ pub(crate) async fn lease(bench: &Bench, database: &BenchDatabase, clients: u32)
             ),
             pgbench::statement(&release, &[pgbench::LOCK_ID, name]),
         ];
-        group.add(pgbench.lane(database, clients, &script.concat())?);
+        group.add(pgbench.lane("pgbench", database, clients, &script.concat())?);
     }
     bench.measure(group).await
 }
@@ -188,7 +188,7 @@ pub(crate) async fn transaction(bench: &Bench, database: &BenchDatabase, clients
     if let Some(pgbench) = &bench.pgbench {
         let try_lock = pgbench::statement(&try_lock, &["(1000 + :client_id)::bigint", "'3600000ms'"]);
         let script = format!("{BEGIN};\n{try_lock}ROLLBACK;\n");
-        group.add(pgbench.lane(database, clients, &script)?);
+        group.add(pgbench.lane("pgbench", database, clients, &script)?);
     }
     bench.measure(group).await
 }

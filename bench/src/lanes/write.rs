@@ -166,7 +166,7 @@ pub(crate) async fn guarded(bench: &Bench, database: &BenchDatabase, clients: u3
         let write = pgbench::statement(WRITE, &[id, &format!("'{}'", BODY.replace(':', ""))]);
         let fence = pgbench::statement(&fence, &[pgbench::LOCK_ID, id]);
         let script = format!("{acquire}{BEGIN};\n{write}{fence}COMMIT;\n");
-        group.add(pgbench.lane(database, clients, &script)?);
+        group.add(pgbench.lane("pgbench", database, clients, &script)?);
     }
     bench.measure(group).await
 }

@@ -199,7 +199,7 @@ const ENTER: &str = "\
 SELECT min(n) FILTER (WHERE NOT open) AS refused, current_setting('transaction_isolation') AS isolation,
        CASE WHEN bool_and(open) THEN pg_current_xact_id()::text END AS transaction, false AS late
 FROM (SELECT n, pg_try_advisory_xact_lock_shared(key) AS open
-      FROM unnest($1) WITH ORDINALITY AS gates (key, n) OFFSET 0) AS attempts";
+      FROM unnest($1::bigint[]) WITH ORDINALITY AS gates (key, n) OFFSET 0) AS attempts";
 
 /// As above, and looks whether the transaction has locks that come after the gate. Row locks stand in the rows; what
 /// `pg_locks` shows is the lock on their table that comes before.
@@ -211,7 +211,7 @@ SELECT min(n) FILTER (WHERE NOT open) AS refused, current_setting('transaction_i
                  AND (locktype = 'advisory' AND mode = 'ExclusiveLock'
                       OR locktype = 'relation' AND mode IN ('RowShareLock', 'RowExclusiveLock'))) AS late
 FROM (SELECT n, pg_try_advisory_xact_lock_shared(key) AS open
-      FROM unnest($1) WITH ORDINALITY AS gates (key, n) OFFSET 0) AS attempts";
+      FROM unnest($1::bigint[]) WITH ORDINALITY AS gates (key, n) OFFSET 0) AS attempts";
 
 impl Gates {
     fn of(tenants: &[impl AsRef<str>]) -> Result<Self, Invalid> {

@@ -148,6 +148,11 @@ async fn a_refused_try_is_one_round_trip_and_against_a_locked_row_two() {
         .await
         .unwrap();
     let held = lock.try_acquire(&named("plan")).await.unwrap();
+    // Who holds begins to listen for those who wait, meanwhile.
+    eventually("it listens", async || {
+        bench.proxy.traffic().count("LISTEN") == 1 && bench.proxy.traffic().count("pg_backend_pid()") >= 1
+    })
+    .await;
     let (refused, traffic) = bench.proxy.watch(lock.try_acquire(&named("plan"))).await;
     assert!(matches!(refused, Err(AcquireError::Contended(_))), "{refused:?}");
     assert_eq!(traffic.round_trips, 1, "{traffic:#?}");

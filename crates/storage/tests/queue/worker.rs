@@ -390,7 +390,10 @@ async fn failures_back_off_and_are_given_up() {
     for (n, pair) in begun.windows(2).enumerate() {
         let least = [100, 200, 300][n];
         let paused = pair[1].0 - pair[0].0;
-        assert!(paused >= Duration::from_millis(least), "{n}: {paused:?}");
+        assert!(
+            paused >= Duration::from_millis(least),
+            "{n}: {paused:?} {begun:?}"
+        );
     }
     let whole = begun[3].0 - begun[0].0;
     assert!(
@@ -654,13 +657,15 @@ async fn a_graceful_stop_leaves_nothing_claimed() {
     for _ in 0..20 {
         heard.processed().await;
     }
+    let enough = Arc::new(AtomicBool::new(false));
     let producing = {
-        let queue = bench.other().await;
+        let (queue, enough) = (bench.other().await, Arc::clone(&enough));
         tokio::spawn(async move {
             for id in 1000.. {
-                if queue.enqueue(&work(&id.to_string())).await.is_err() {
+                if enough.load(Ordering::Relaxed) {
                     return;
                 }
+                queue.enqueue(&work(&id.to_string())).await.unwrap();
             }
         })
     };
@@ -668,7 +673,8 @@ async fn a_graceful_stop_leaves_nothing_claimed() {
     let stopping = Instant::now();
     worker.stop(grace).await;
     let took = stopping.elapsed();
-    producing.abort();
+    enough.store(true, Ordering::Relaxed);
+    producing.await.unwrap();
     assert!(took < grace + Duration::from_secs(10), "{took:?}");
     let claimed = "SELECT count(*) FROM leasehold.work_claims WHERE expires_at > clock_timestamp()";
     assert_eq!(bench.number(claimed).await, 0, "nothing waits for its lease");

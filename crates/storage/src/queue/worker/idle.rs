@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use futures_util::future::{join_all, select_all};
 use rand::Rng;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::queue::store::{PgWorkQueue, signal_key};
@@ -40,8 +41,8 @@ impl Idle {
         self.pause = self.shortest;
     }
 
-    /// Comes back when it is time to look again.
-    pub(super) async fn wait(&mut self, queue: &PgWorkQueue, kinds: &[String]) {
+    /// Comes back when it is time to look again, or when this process has put something back.
+    pub(super) async fn wait(&mut self, queue: &PgWorkQueue, kinds: &[String], again: &Notify) {
         if self.ears.is_empty() {
             let keys = kinds.iter().filter_map(|kind| signal_key(kind));
             self.ears = join_all(keys.map(|key| queue.process.signals.wait_for(key))).await;
@@ -65,6 +66,7 @@ impl Idle {
                 self.forgotten = true;
                 self.pause = self.shortest;
             }
+            () = again.notified() => self.pause = self.shortest,
             () = tokio::time::sleep(sleep.min(ANNOUNCE)) => {}
         }
     }

@@ -70,6 +70,7 @@ impl Worker {
             settler: Settler::default(),
             occupied: AtomicUsize::new(0),
             room: Notify::new(),
+            again: Notify::new(),
             phase: watch::Sender::new(Phase::Working),
         });
         let (stop, stopped) = watch::channel(None);
@@ -131,6 +132,8 @@ struct Shared {
     occupied: AtomicUsize,
     /// Told when there are fewer.
     room: Notify,
+    /// Told when items may be claimed again sooner than it seemed.
+    again: Notify,
     phase: watch::Sender<Phase>,
 }
 
@@ -199,9 +202,10 @@ async fn supervise(shared: Arc<Shared>, mut stop: watch::Receiver<Option<Instant
                 flight,
                 hooks,
                 room,
+                again,
                 ..
             } = &*shared;
-            shared.settler.run(queue, flight, hooks, room).await;
+            shared.settler.run(queue, flight, hooks, room, again).await;
         }
     });
 
@@ -296,7 +300,7 @@ async fn fetch(shared: Arc<Shared>) {
             () = &mut stopping => return,
             () = async {
                 if nothing {
-                    idle.wait(&shared.queue, request.kinds()).await;
+                    idle.wait(&shared.queue, request.kinds(), &shared.again).await;
                 } else {
                     idle.recover().await;
                 }

@@ -65,8 +65,16 @@ impl Settler {
         self.more.notify_one();
     }
 
-    /// Settles until it is closed. `settled` hears when there is less to do.
-    pub(super) async fn run(&self, queue: &PgWorkQueue, flight: &Flight, hooks: &Hooks, settled: &Notify) {
+    /// Settles until it is closed. `settled` hears when there is less to do, `again` when items may be claimed again
+    /// sooner than the leases said.
+    pub(super) async fn run(
+        &self,
+        queue: &PgWorkQueue,
+        flight: &Flight,
+        hooks: &Hooks,
+        settled: &Notify,
+        again: &Notify,
+    ) {
         let (mut pause, longest) = PAUSES;
         let mut left = Vec::new();
         loop {
@@ -78,7 +86,7 @@ impl Settler {
                 self.more.notified().await;
                 continue;
             }
-            left = settle(queue, flight, hooks, left).await;
+            left = settle(queue, flight, hooks, left, again).await;
             settled.notify_one();
             if left.is_empty() {
                 pause = PAUSES.0;
@@ -91,7 +99,13 @@ impl Settler {
 }
 
 /// Answers what could not be settled because the database did not answer.
-async fn settle(queue: &PgWorkQueue, flight: &Flight, hooks: &Hooks, left: Vec<Left>) -> Vec<Left> {
+async fn settle(
+    queue: &PgWorkQueue,
+    flight: &Flight,
+    hooks: &Hooks,
+    left: Vec<Left>,
+    come_back: &Notify,
+) -> Vec<Left> {
     let (mut complete, mut retry, mut fail, mut back) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (item, verdict) in left {
         match verdict {
@@ -100,6 +114,8 @@ async fn settle(queue: &PgWorkQueue, flight: &Flight, hooks: &Hooks, left: Vec<L
             Verdict::Fail { .. } => fail.push((item, verdict)),
             Verdict::PutOff(_) | Verdict::GiveBack => back.push((item, verdict)),
             Verdict::Settled => {
+                // Whether it changed meanwhile only the processor knows.
+                come_back.notify_one();
                 flight.let_go(item.claim.key);
                 hooks.tell(|hooks| hooks.on_processed(&item.claim, Outcome::Done));
             }
@@ -112,19 +128,31 @@ async fn settle(queue: &PgWorkQueue, flight: &Flight, hooks: &Hooks, left: Vec<L
     let mut again = Vec::new();
     if !complete.is_empty() {
         let claims: Vec<ClaimKey> = complete.iter().map(|(item, _)| item.claim.key).collect();
-        again.extend(told(flight, hooks, complete, queue.complete(&claims).await));
+        again.extend(told(
+            flight,
+            hooks,
+            come_back,
+            complete,
+            queue.complete(&claims).await,
+        ));
     }
     if !retry.is_empty() {
         let retries: Vec<Retry> = retry.iter().filter_map(as_retry).collect();
-        again.extend(told(flight, hooks, retry, queue.retry(&retries).await));
+        again.extend(told(flight, hooks, come_back, retry, queue.retry(&retries).await));
     }
     if !fail.is_empty() {
         let failures: Vec<Failure> = fail.iter().filter_map(as_failure).collect();
-        again.extend(told(flight, hooks, fail, queue.fail(&failures).await));
+        again.extend(told(flight, hooks, come_back, fail, queue.fail(&failures).await));
     }
     if !back.is_empty() {
         let requeues: Vec<Requeue> = back.iter().map(as_requeue).collect();
-        again.extend(told(flight, hooks, back, queue.requeue_after(&requeues).await));
+        again.extend(told(
+            flight,
+            hooks,
+            come_back,
+            back,
+            queue.requeue_after(&requeues).await,
+        ));
     }
     again
 }
@@ -164,6 +192,7 @@ fn as_requeue((item, verdict): &Left) -> Requeue {
 fn told(
     flight: &Flight,
     hooks: &Hooks,
+    come_back: &Notify,
     settled: Vec<Left>,
     answer: Result<Vec<Outcome>, QueueError>,
 ) -> Vec<Left> {
@@ -181,6 +210,10 @@ fn told(
     for ((item, verdict), outcome) in settled.into_iter().zip(outcomes) {
         let claim = &item.claim;
         flight.let_go(claim.key);
+        let put_back = matches!(verdict, Verdict::Retry { .. } | Verdict::PutOff(_));
+        if outcome == Outcome::DoneButChanged || (put_back && outcome == Outcome::Done) {
+            come_back.notify_one();
+        }
         metrics::counter!("leasehold_queue_settled_total", "outcome" => label(&verdict, outcome))
             .increment(1);
         hooks.tell(|hooks| match (verdict, outcome) {

@@ -225,12 +225,16 @@ async fn an_acquire_that_is_dropped_before_its_answer_leaves_nothing() {
     let lock = bench.process.leases();
     for fault in [Fault::HoldAnswer, Fault::HoldStatement] {
         let (request, mut held) = (named("plan"), bench.proxy.on(ACQUIRE, fault));
+        // Dropped when this has happened: from then on it is given back.
+        let happened = async {
+            held.happened().await;
+            if fault == Fault::HoldAnswer {
+                assert!(bench.lease_is_live(named("plan").name()).await);
+            }
+        };
         tokio::select! {
             result = lock.try_acquire(&request) => panic!("{result:?}"),
-            () = held.happened() => {}
-        }
-        if fault == Fault::HoldAnswer {
-            assert!(bench.lease_is_live(named("plan").name()).await);
+            () = happened => {}
         }
         held.let_go().await;
         eventually("the lease is given back", async || {

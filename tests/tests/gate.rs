@@ -89,9 +89,14 @@ async fn a_gate_and_a_transaction_lock_are_one_statement() {
             lock.release(guard).await.unwrap();
         };
         pair().await;
-        let ((), traffic) = bench.proxy.watch(pair()).await;
-        assert_eq!(traffic.count("pg_try_advisory_xact_lock"), 1, "{traffic:#?}");
-        costs.push(traffic.round_trips);
+        let mut least = usize::MAX;
+        // What goes on in the background may fall among some of them.
+        for _ in 0..5 {
+            let ((), traffic) = bench.proxy.watch(pair()).await;
+            assert_eq!(traffic.count("pg_try_advisory_xact_lock"), 1, "{traffic:#?}");
+            least = least.min(traffic.round_trips);
+        }
+        costs.push(least);
     }
     assert_eq!(costs[0], costs[1]);
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use leasehold_system_tests::database::TestDatabase;
 use leasehold_system_tests::http::{Answer, Api, Call, Connection, delete, post, put};
+use leasehold_system_tests::patience::eventually;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -308,6 +309,10 @@ async fn heavy_no_write_that_overlapped_a_purge_survives_it() {
         purges.spawn(purge(world.database.clone(), api.clone(), tenant, ledger, stop));
     }
     tokio::time::sleep(Duration::from_secs(20)).await;
+    eventually("enough has happened to show something", async || {
+        ledger.writes.load(Ordering::Relaxed) >= 500 && ledger.refused_at_the_gate.load(Ordering::Relaxed) > 0
+    })
+    .await;
     stop.store(true, Ordering::Relaxed);
     ended(writers).await;
     let mut purged = 0;
@@ -317,12 +322,7 @@ async fn heavy_no_write_that_overlapped_a_purge_survives_it() {
         assert!(seen.done > 0, "a purge never got its turn: {seen:?}");
         purged += seen.done;
     }
-    let writes = ledger.writes.load(Ordering::Relaxed);
-    let refused = ledger.refused_at_the_gate.load(Ordering::Relaxed);
-    assert!(
-        purged >= 10 && writes >= 500 && refused > 0,
-        "{purged} purges, {writes} writes, {refused} refused at the gate: too little to show anything"
-    );
+    assert!(purged >= 5, "{purged} purges are too few to show anything");
     // What was accepted was purged, or is still there.
     let accepted = ledger.accepted.lock().unwrap().clone();
     for (table, accepted) in accepted {
@@ -386,11 +386,13 @@ async fn without_a_purge_nobody_is_refused() {
     let (_world, services, _other) = race_world().await;
     let (ledger, stop) = (Arc::new(Ledger::default()), Arc::new(AtomicBool::new(false)));
     let writers = start_writers(&services, &ledger, &stop).await;
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    eventually("there were writes enough to show something", async || {
+        ledger.writes.load(Ordering::Relaxed) >= 300
+    })
+    .await;
     stop.store(true, Ordering::Relaxed);
     ended(writers).await;
     let writes = ledger.writes.load(Ordering::Relaxed);
-    assert!(writes >= 200, "{writes} writes are too few to show anything");
     assert_eq!(
         ledger.refused_at_the_gate.load(Ordering::Relaxed),
         0,

@@ -517,6 +517,44 @@ async fn the_previous_lock_timeout_is_restored() {
     }
 }
 
+/// A process that is stopped while it has a tenant alone does not close it for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_that_says_nothing_is_ended_by_the_server() {
+    for (own, expected) in [("0", "1min"), ("1h", "1min"), ("700ms", "700ms")] {
+        let database = TestDatabase::create().await;
+        let client = database.client().await;
+        let set = format!(
+            "ALTER DATABASE {} SET idle_in_transaction_session_timeout = '{own}'",
+            database.name()
+        );
+        client.batch_execute(&set).await.unwrap();
+        let bench = Bench::start_on(database).await;
+        let gate = bench.gate();
+        let (told, shown) = oneshot::channel();
+        let silent = gate.drain("a", SHORT, async |conn| {
+            #[derive(diesel::QueryableByName)]
+            struct Row {
+                #[diesel(sql_type = Text)]
+                idle_in_transaction_session_timeout: String,
+            }
+            let show = diesel::sql_query("SHOW idle_in_transaction_session_timeout");
+            let row: Row = diesel_async::RunQueryDsl::get_result(show, conn).await?;
+            told.send(row.idle_in_transaction_session_timeout).unwrap();
+            std::future::pending::<Result<(), Failure>>().await
+        });
+        let watch = async {
+            assert_eq!(shown.await.unwrap(), expected);
+            if own == expected {
+                eventually("writers pass", async || write(&gate, "a", 1).await.is_ok()).await;
+            }
+        };
+        tokio::select! {
+            result = silent => panic!("{result:?}"),
+            () = watch => {}
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shorter_statement_timeout_is_a_conflict() {
     let database = TestDatabase::create().await;

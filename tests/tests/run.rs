@@ -413,7 +413,9 @@ async fn a_signal_ends_the_wait() {
         .spawn()
         .unwrap();
     eventually("it waits", async || {
-        let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query LIKE '%leasehold_wait%'";
+        // It asks for its turn, and then only listens.
+        let sql = "SELECT count(*) FROM pg_stat_activity
+                   WHERE datname = current_database() AND query LIKE 'NOTIFY leasehold_wait%'";
         world.client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) > 0
     })
     .await;

@@ -322,7 +322,8 @@ async fn waiters_outlive_their_session() {
     let held = take(&other, &request).await;
     let waiting = tokio::spawn(begin_to_wait(&bench.locks, &request));
     let others = bench.holders(request.name()).await[0];
-    let sessions = "SELECT pid FROM pg_stat_activity WHERE query LIKE '%advisory%' AND pid NOT IN ($1, pg_backend_pid())";
+    let sessions = "SELECT pid FROM pg_stat_activity
+        WHERE query LIKE '%advisory%' AND pid NOT IN ($1, pg_backend_pid()) AND datname = current_database()";
     for row in bench.client.query(sessions, &[&others]).await.unwrap() {
         bench.terminate(row.get(0)).await;
     }
@@ -382,7 +383,8 @@ async fn two_hundred_waiters_hold_no_connection() {
         }
         let looks = "SELECT count(*), count(*) FILTER (WHERE wait_event_type = 'Lock')
             FROM pg_stat_activity WHERE application_name = 'two hundred'";
-        let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'";
+        let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'
+            AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
         for _ in 0..20 {
             let state = process.pool().state();
             assert_eq!(state.open, state.idle, "nobody has a pooled connection");

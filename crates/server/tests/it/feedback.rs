@@ -333,7 +333,8 @@ async fn a_statement_whose_answer_is_lost_is_told_as_such() {
         .await
         .unwrap();
     let end_it = "SELECT pg_terminate_backend(pid) FROM pg_locks
-                  WHERE NOT granted AND relation = 'feedback_records'::regclass";
+                  WHERE NOT granted AND relation = 'feedback_records'::regclass
+                    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
     let new = json!({"tenant_id": "acme", "value": 1}).to_string();
     // In a transaction it is known that nothing was committed.
     for (headers, status, code) in [

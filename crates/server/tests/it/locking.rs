@@ -384,7 +384,8 @@ impl Stuck {
             writer.send(Method::PUT, &path, headers, Some(body)).await
         });
         let waits =
-            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'default_config'::regclass";
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'default_config'::regclass
+             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
         eventually("the write is stuck", async || {
             in_the_way.query_one(waits, &[]).await.unwrap().get::<_, i64>(0) == 1
         })

@@ -114,8 +114,11 @@ async fn heavy_no_statement_reads_a_whole_table() {
         everything().await;
     }
     bench.queue.purge_dead_letters(&retention).await.unwrap();
+    // In a session that ends before the first look, or what it reads here itself would be told after that.
     bench
-        .client
+        .database
+        .client()
+        .await
         .batch_execute(
             "TRUNCATE leasehold.work_items, leasehold.work_claims, leasehold.dead_letters;
              INSERT INTO leasehold.work_items

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use leasehold_domain::{DistributedLock, Holder, LockName, LockRequest};
 use leasehold_storage::Database;
+use leasehold_storage::advisory::AdvisoryKey;
 use leasehold_system_tests::http::{delete, get, post};
 use leasehold_system_tests::patience::{PATIENCE, eventually, in_time, within};
 use leasehold_system_tests::service::command;
@@ -412,11 +413,16 @@ async fn a_signal_ends_the_wait() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
+    let AdvisoryKey::Big(key) = AdvisoryKey::of(&LockName::new(["lock", "acme", "deploy/prod"]).unwrap())
+    else {
+        unreachable!("names have big keys")
+    };
     eventually("it waits", async || {
-        // It asks for its turn, and then only listens.
-        let sql = "SELECT count(*) FROM pg_stat_activity
-                   WHERE datname = current_database() AND query LIKE 'NOTIFY leasehold_wait%'";
-        world.client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0) > 0
+        // It says so for this name, and then only listens.
+        let said = format!("NOTIFY leasehold_wait, '{key}'");
+        let sql = "SELECT FROM pg_stat_activity
+                   WHERE datname = current_database() AND strpos(query, $1) > 0 AND pid <> pg_backend_pid()";
+        !world.client.query(sql, &[&said]).await.unwrap().is_empty()
     })
     .await;
     kill_process(Pid::from_child(&waiting), Signal::INT).unwrap();

@@ -181,7 +181,8 @@ async fn must_find(conn: &mut AsyncPgConnection, id: Uuid, only: Option<&str>) -
 /// Erase a user
 ///
 /// Deletes everything that there is of a user in all tenants that the key may see, or in one of them: all of it, or
-/// nothing when one of these tenants takes no writes. Needs an admin's key.
+/// nothing when one of these tenants takes no writes. Answers to these tenants that are kept to be given again tell
+/// nothing more of the user. Needs an admin's key.
 #[utoipa::path(
     delete, path = "/v1/feedback-records", tag = "feedback-records", operation_id = "erase_user",
     params(Erasure, IdempotencyKey),

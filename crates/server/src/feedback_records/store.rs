@@ -280,8 +280,9 @@ pub(crate) async fn tenants_of_user(
     Ok(rows.into_iter().map(|row| row.tenant_id).collect())
 }
 
-// Two erasures of one user lock the rows in the same order.
-const ERASE: &str = "
+// Two erasures of one user lock the rows in the same order. Answers that are kept to be given again lose what they tell
+// of the user, and are still given again: the write is not done anew.
+const ERASE: &str = r#"
     WITH found AS MATERIALIZED (
         SELECT id FROM feedback_records WHERE user_id = $1 AND tenant_id = ANY ($2) ORDER BY id FOR UPDATE
     ), gone AS (
@@ -295,8 +296,13 @@ const ERASE: &str = "
         SELECT tenant_id, 'feedback_record.erased',
                jsonb_build_object('tenant_id', tenant_id, 'user_id', $1, 'deleted', deleted)
         FROM counted ORDER BY tenant_id
+    ), forgotten AS (
+        UPDATE idempotency_keys SET answer = convert_to((
+            convert_from(answer, 'UTF8')::jsonb || '{"user_id": null, "field_id": null, "value": null}')::text, 'UTF8')
+        WHERE tenant_id = ANY ($2) AND EXISTS (SELECT FROM found)
+          AND CASE WHEN length(answer) > 0 THEN convert_from(answer, 'UTF8')::jsonb ->> 'user_id' = $1 END
     )
-    SELECT tenant_id, deleted FROM counted";
+    SELECT tenant_id, deleted FROM counted"#;
 
 #[derive(QueryableByName)]
 struct ErasedRow {

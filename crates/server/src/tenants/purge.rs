@@ -29,7 +29,8 @@ pub struct Purged {
     pub tenant_id: String,
     /// How many rows went, by table.
     pub deleted: Deleted,
-    /// How long it waited for writes that were under way, in milliseconds.
+    /// How long it took to have the tenant alone, in milliseconds: to get there, and to wait for writes that were under
+    /// way.
     pub waited_ms: u64,
 }
 

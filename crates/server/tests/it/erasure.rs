@@ -198,6 +198,35 @@ async fn an_erasure_that_is_sent_again_is_done_once() {
     assert_eq!(left(&api, "alice").await, 1, "what came after the first stays");
 }
 
+/// An answer that is kept to be given again tells nothing more of the user, and the write is still not done again.
+#[tokio::test(flavor = "multi_thread")]
+async fn kept_answers_forget_the_user() {
+    let api = start().await;
+    let post = async |user: &str| {
+        let record = json!({"tenant_id": "acme", "user_id": user, "field_id": "nps", "value": "a secret"});
+        let headers = [("idempotency-key", user)];
+        let body = Some(record.to_string());
+        api.send(Method::POST, "/v1/feedback-records", &headers, body).await
+    };
+    let (alice, bob) = (post("alice").await.is(201), post("bob").await.is(201));
+    api.delete(ERASE).await.is(200);
+    let kept = "SELECT count(*) FROM idempotency_keys WHERE strpos(convert_from(answer, 'UTF8'), $1) > 0";
+    let client = api.client().await;
+    for (text, count) in [("alice", 0_i64), ("bob", 1), ("a secret", 1)] {
+        let row = client.query_one(kept, &[&text]).await.unwrap();
+        assert_eq!(row.get::<_, i64>(0), count, "{text}");
+    }
+    let again = post("alice").await;
+    assert_eq!(again.header("idempotency-replayed"), Some("true"));
+    let again = again.is(201);
+    assert_eq!(again["id"], alice["id"]);
+    for gone in ["user_id", "field_id", "value"] {
+        assert!(again[gone].is_null(), "{again}");
+    }
+    assert_eq!(post("bob").await.is(201), bob);
+    assert_eq!(left(&api, "alice").await, 0, "it was not written again");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn erasures_of_one_user_at_once_do_not_deadlock() {
     let api = Arc::new(start().await);

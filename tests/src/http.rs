@@ -13,6 +13,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
 use crate::patience::in_time;
+use crate::secrets;
 
 /// Whom to ask, and as whom.
 #[derive(Clone, Debug)]
@@ -188,6 +189,7 @@ impl Connection {
 
     /// As [`Connection::send`]; `None` when no whole answer came.
     pub async fn try_send(&mut self, call: Call) -> Option<Answer> {
+        let place = format!("the answer to {} {}", call.method, call.path);
         let mut request = Request::builder()
             .method(call.method)
             .uri(call.path)
@@ -202,6 +204,12 @@ impl Connection {
         self.sender.ready().await.ok()?;
         let (head, body) = self.sender.send_request(request).await.ok()?.into_parts();
         let body = body.collect().await.ok()?.to_bytes();
+        if secrets::may_have_none(&place) {
+            secrets::assert_none(
+                &place,
+                &format!("{:?} {}", head.headers, String::from_utf8_lossy(&body)),
+            );
+        }
         Some(Answer {
             status: head.status.as_u16(),
             headers: head.headers,

@@ -11,6 +11,7 @@ pub mod database;
 pub mod http;
 pub mod patience;
 pub mod proxy;
+pub mod secrets;
 pub mod service;
 pub mod wal;
 pub mod wire;

@@ -12,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::database::TestDatabase;
 use crate::http::Api;
 use crate::patience::PATIENCE;
+use crate::secrets;
 
 const LISTENS: &str = "Leasehold listens on http://";
 
@@ -71,7 +72,9 @@ pub fn command(database_url: Option<&str>) -> Command {
         .env("RUST_LOG", "info,leasehold_storage=debug")
         .stdin(Stdio::null());
     if let Some(url) = database_url {
-        command.env("DATABASE_URL", url);
+        let with = if url.contains('?') { '&' } else { '?' };
+        let password = secrets::DATABASE_PASSWORD;
+        command.env("DATABASE_URL", format!("{url}{with}password={password}"));
     }
     command
 }
@@ -249,10 +252,14 @@ impl Drop for Service {
         // It may have ended by itself.
         drop(self.child.kill());
         drop(self.child.wait());
+        let log = self.log.until_end();
         if std::thread::panicking() {
-            let log = self.log.until_end();
             let last = log.len().saturating_sub(60);
             eprintln!("the last log lines of the service:\n{}", log[last..].join("\n"));
+        } else {
+            for line in log {
+                secrets::assert_none("the log", &line);
+            }
         }
     }
 }

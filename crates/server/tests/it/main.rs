@@ -15,10 +15,13 @@ mod isolation;
 mod jobs_api;
 mod locking;
 mod locks;
+mod metrics;
 mod operations;
 mod purge;
 mod queue_api;
 mod receiver;
+#[path = "../../../../tests/src/secrets.rs"]
+mod secrets;
 mod support;
 mod webhooks;
 mod writers;

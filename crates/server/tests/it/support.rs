@@ -21,6 +21,8 @@ use tokio_postgres::{Client, NoTls};
 use tower::ServiceExt;
 use uuid::Uuid;
 
+use crate::secrets;
+
 /// How long a state may take to come. Only a fault takes so long.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -138,6 +140,7 @@ impl Api {
         headers: &[(&str, &str)],
         body: Option<String>,
     ) -> Answer {
+        let place = format!("the answer to {method} {path}");
         let mut request = Request::builder().method(method).uri(path);
         if !self.key.is_empty() {
             request = request.header(header::AUTHORIZATION, format!("Bearer {}", self.key));
@@ -153,6 +156,9 @@ impl Api {
         let (parts, body) = response.into_parts();
         let bytes = body.collect().await.unwrap().to_bytes();
         let text = String::from_utf8(bytes.to_vec()).unwrap();
+        if secrets::may_have_none(&place) {
+            secrets::assert_none(&place, &format!("{:?} {text}", parts.headers));
+        }
         let body = serde_json::from_str(&text).unwrap_or_else(|_| Value::String(text.clone()));
         Answer {
             status: parts.status.as_u16(),

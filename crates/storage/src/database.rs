@@ -25,7 +25,7 @@ use crate::tenant::TenantGate;
 #[derive(Clone)]
 pub struct Database {
     pub(crate) process: Arc<Process>,
-    leases: Arc<LeaseTable>,
+    pub(crate) leases: Arc<LeaseTable>,
     jobs: Arc<LeaseTable>,
 }
 

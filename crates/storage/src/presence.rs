@@ -1,21 +1,25 @@
-//! Presence: tells other processes who is behind an advisory lock, where the server itself knows only a number.
+//! Presence: tells other processes who is behind an advisory lock, where the server itself knows only a number, and
+//! who waits, of which it knows nothing.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use leasehold_domain::LockId;
+use leasehold_domain::{Holder, LockId, LockMode, LockName};
 use serde_json::Value;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_postgres::Client;
 use uuid::Uuid;
 
+use crate::advisory::AdvisoryKey;
 use crate::connect::ConnectOptions;
 use crate::error::{StorageError, chain};
-use crate::holds::{Hold, Holds};
+use crate::holds::{Hold, Holds, Scope};
 use crate::keeper::Keeper;
+use crate::waits::{Wait, Waits};
 
-/// How often new holds are told.
+/// How often what is new is told.
 const TELL: Duration = Duration::from_millis(250);
 /// A hold is told once it is this old: most never are.
 const WORTH_TELLING: Duration = Duration::from_millis(250);
@@ -28,16 +32,18 @@ const CONFIRM_AFTER: Duration = Duration::from_secs(3);
 const TELL_CHANGES: &str = "\
 WITH told AS (
     SELECT * FROM unnest($3::uuid[], $4::text[], $5::text[], $6::text[], $7::int[], $8::text[], $9::text[],
-                         $10::text[], $11::jsonb[], $12::timestamptz[])
-        AS t(lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata, acquired_at)
+                         $10::text[], $11::jsonb[], $12::timestamptz[], $13::float8[], $14::bigint[], $15::smallint[])
+        AS t(lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata, acquired_at, waited,
+             key_bits, key_space)
 ), ended AS (
     DELETE FROM leasehold.presence WHERE process_id = $1 AND lock_id = ANY ($2)
 )
 INSERT INTO leasehold.presence
        (process_id, lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata, acquired_at,
-        seen_at)
-SELECT $1, lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata, acquired_at,
-       clock_timestamp()
+        seen_at, waits, key_bits, key_space)
+SELECT $1, lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata,
+       coalesce(acquired_at, clock_timestamp() - waited * interval '1 second'), clock_timestamp(),
+       backend_pid IS NULL, key_bits, key_space
 FROM told";
 
 /// Says that all is as it was told, and removes what processes told that ended without a word.
@@ -51,24 +57,32 @@ UPDATE leasehold.presence SET seen_at = clock_timestamp() WHERE process_id = $1"
 /// What was told on a connection that broke is told anew.
 const START_AGAIN: &str = "DELETE FROM leasehold.presence WHERE process_id = $1";
 
-/// Holds by column.
+/// What is told, by column. A wait has no session of the server, and only this process knows for how long it lasts.
 #[derive(Default)]
 struct Told {
     lock_id: Vec<Uuid>,
     name: Vec<String>,
     mode: Vec<String>,
     scope: Vec<&'static str>,
-    backend_pid: Vec<i32>,
+    backend_pid: Vec<Option<i32>>,
     operation: Vec<String>,
     locked_by: Vec<String>,
     instance: Vec<String>,
     metadata: Vec<Value>,
-    acquired_at: Vec<DateTime<Utc>>,
+    acquired_at: Vec<Option<DateTime<Utc>>>,
+    waited: Vec<Option<f64>>,
+    key_bits: Vec<Option<i64>>,
+    key_space: Vec<Option<i16>>,
+}
+
+/// A hold or a wait.
+enum Fact {
+    Hold(Hold),
+    Wait(Arc<Wait>),
 }
 
 /// Starts telling, on the keeper's thread. The connection is opened when there is first something to tell.
-pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, holds: Holds) {
-    let process_id = Uuid::new_v4();
+pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, process_id: Uuid, holds: Holds, waits: Waits) {
     keeper.spawn(async move {
         let mut teller = None::<Teller>;
         // What was told on a connection that broke stands there until it is taken back on another.
@@ -77,8 +91,8 @@ pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, holds: Holds) {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tick.tick().await;
-            let holds = worth_telling(&holds);
-            if teller.is_none() && holds.is_empty() && !stale {
+            let facts = worth_telling(&holds, &waits);
+            if teller.is_none() && facts.is_empty() && !stale {
                 continue;
             }
             let telling = async {
@@ -86,7 +100,7 @@ pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, holds: Holds) {
                     Some(open) => open,
                     None => Teller::open(&options, process_id).await?,
                 };
-                open.tell(process_id, holds).await
+                open.tell(process_id, facts).await
             };
             let told = tokio::time::timeout(ANSWER, telling).await;
             stale = match told.unwrap_or(Err(StorageError::NoAnswer(ANSWER))) {
@@ -95,7 +109,7 @@ pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, holds: Holds) {
                     false
                 }
                 Err(error) => {
-                    tracing::debug!(error = chain(&error), "holds were not told");
+                    tracing::debug!(error = chain(&error), "holds and waits were not told");
                     true
                 }
             };
@@ -122,17 +136,14 @@ impl Teller {
     }
 
     /// Tells what is not told yet. After an error the connection is not used again.
-    async fn tell(mut self, process_id: Uuid, holds: HashMap<LockId, Hold>) -> Result<Self, StorageError> {
+    async fn tell(mut self, process_id: Uuid, facts: HashMap<LockId, Fact>) -> Result<Self, StorageError> {
         let ended: Vec<Uuid> = self
             .told
             .iter()
-            .filter(|lock_id| !holds.contains_key(lock_id))
-            .map(|lock_id| lock_id.as_uuid())
+            .filter(|id| !facts.contains_key(id))
+            .map(|id| id.as_uuid())
             .collect();
-        let new = Told::of(holds.values().filter(|hold| {
-            let lock_id = hold.control.parts().lock_id;
-            !self.told.contains(&lock_id)
-        }));
+        let new = Told::of(facts.iter().filter(|(id, _)| !self.told.contains(id)));
         if !ended.is_empty() || !new.lock_id.is_empty() {
             self.client
                 .execute(
@@ -150,10 +161,13 @@ impl Teller {
                         &new.instance,
                         &new.metadata,
                         &new.acquired_at,
+                        &new.waited,
+                        &new.key_bits,
+                        &new.key_space,
                     ],
                 )
                 .await?;
-            self.told = holds.into_keys().collect();
+            self.told = facts.into_keys().collect();
         }
         if !self.told.is_empty() && self.confirmed.elapsed() >= CONFIRM_AFTER {
             self.client.execute(CONFIRM, &[&process_id]).await?;
@@ -163,34 +177,68 @@ impl Teller {
     }
 }
 
-fn worth_telling(holds: &Holds) -> HashMap<LockId, Hold> {
+fn worth_telling(holds: &Holds, waits: &Waits) -> HashMap<LockId, Fact> {
     let mut all = holds.transactions();
     all.extend(holds.sessions());
-    all.into_iter()
+    let holds = all
+        .into_iter()
         .filter(|hold| hold.control.held_for() >= WORTH_TELLING)
-        .map(|hold| (hold.control.parts().lock_id, hold))
-        .collect()
+        .map(|hold| (hold.control.parts().lock_id, Fact::Hold(hold)));
+    let waits = waits.all().into_iter().map(|(id, wait)| (id, Fact::Wait(wait)));
+    holds.chain(waits).collect()
+}
+
+/// The key that the server sees instead of the name.
+fn key(hold: &Hold) -> Option<AdvisoryKey> {
+    match &hold.scope {
+        Scope::Lease(_) => None,
+        Scope::Transaction(_) => Some(AdvisoryKey::of(&hold.control.parts().name)),
+        Scope::Session { key, .. } => Some(*key),
+    }
 }
 
 impl Told {
-    fn of<'a>(holds: impl Iterator<Item = &'a Hold>) -> Self {
+    fn of<'a>(facts: impl Iterator<Item = (&'a LockId, &'a Fact)>) -> Self {
         let mut told = Self::default();
-        for hold in holds {
-            let Some(backend_pid) = hold.backend_pid() else {
-                continue;
-            };
-            let parts = hold.control.parts();
-            told.lock_id.push(parts.lock_id.as_uuid());
-            told.name.push(parts.name.encoded().to_owned());
-            told.mode.push(parts.mode.to_string());
-            told.scope.push(hold.scope.backend());
-            told.backend_pid.push(backend_pid);
-            told.operation.push(parts.holder.operation.clone());
-            told.locked_by.push(parts.holder.owner.clone());
-            told.instance.push(parts.holder.instance.clone());
-            told.metadata.push(Value::Object(parts.holder.metadata.clone()));
-            told.acquired_at.push(parts.acquired_at);
+        for (id, fact) in facts {
+            match fact {
+                Fact::Hold(hold) => {
+                    let Some(backend_pid) = hold.backend_pid() else {
+                        continue;
+                    };
+                    let parts = hold.control.parts();
+                    told.push(*id, &parts.name, parts.mode, hold.scope.backend(), &parts.holder);
+                    told.push_key(key(hold));
+                    told.backend_pid.push(Some(backend_pid));
+                    told.acquired_at.push(Some(parts.acquired_at));
+                    told.waited.push(None);
+                }
+                Fact::Wait(wait) => {
+                    told.push(*id, &wait.name, wait.mode, wait.scope, &wait.holder);
+                    told.push_key(wait.key);
+                    told.backend_pid.push(None);
+                    told.acquired_at.push(None);
+                    told.waited.push(Some(wait.since.elapsed().as_secs_f64()));
+                }
+            }
         }
         told
+    }
+
+    fn push(&mut self, id: LockId, name: &LockName, mode: LockMode, scope: &'static str, holder: &Holder) {
+        self.lock_id.push(id.as_uuid());
+        self.name.push(name.encoded().to_owned());
+        self.mode.push(mode.to_string());
+        self.scope.push(scope);
+        self.operation.push(holder.operation.clone());
+        self.locked_by.push(holder.owner.clone());
+        self.instance.push(holder.instance.clone());
+        self.metadata.push(Value::Object(holder.metadata.clone()));
+    }
+
+    fn push_key(&mut self, key: Option<AdvisoryKey>) {
+        let (bits, space) = key.map(AdvisoryKey::as_lock_table_columns).unzip();
+        self.key_bits.push(bits);
+        self.key_space.push(space);
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use leasehold_domain::LockName;
+use uuid::Uuid;
 
 use crate::advisory::session::Sessions;
 use crate::advisory::watch::Watch;
@@ -16,6 +17,7 @@ use crate::presence;
 use crate::signals::{self, Signals};
 use crate::startup::Findings;
 use crate::waiting::Queues;
+use crate::waits::Waits;
 
 /// The shared parts. It lives as long as a guard does: a guard must be able to release.
 #[derive(Debug)]
@@ -25,6 +27,9 @@ pub(crate) struct Process {
     pub(crate) pool: Pool,
     pub(crate) keeper: Keeper,
     pub(crate) holds: Holds,
+    /// What this process is called in `leasehold.presence`.
+    pub(crate) id: Uuid,
+    pub(crate) waits: Waits,
     /// Who waits for a lease, and who for a transaction lock: other locks, which may have the same names.
     pub(crate) queues: Queues,
     pub(crate) transaction_queues: Queues,
@@ -47,7 +52,8 @@ impl Process {
         let signals = Signals::start(&keeper, options.clone(), !findings.pooled);
         let renewer = Renewer::start(&keeper, options.clone(), holds.clone());
         let reaper = Reaper::new(keeper.clone(), options.clone(), queues.clone(), signals.clone());
-        presence::start(&keeper, options.clone(), holds.clone());
+        let (id, waits) = (Uuid::new_v4(), Waits::default());
+        presence::start(&keeper, options.clone(), id, holds.clone(), waits.clone());
         let sessions = Sessions::start(&keeper, &options, findings.lock_budget, &holds, &signals);
         let pool = Pool::new(options.clone(), pool_size);
         let process = Arc::new(Self {
@@ -56,6 +62,8 @@ impl Process {
             pool,
             keeper,
             holds,
+            id,
+            waits,
             queues,
             transaction_queues: Queues::default(),
             signals,

@@ -38,6 +38,15 @@ impl AdvisoryKey {
         Self::Big(i64::from_be_bytes(first))
     }
 
+    /// The key that `pg_locks` shows so.
+    pub(crate) fn from_lock_table_columns(bits: i64, space: i16) -> Self {
+        if space == 1 {
+            return Self::Big(bits);
+        }
+        let [a, b, c, d, e, f, g, h] = bits.to_be_bytes();
+        Self::Pair(i32::from_be_bytes([a, b, c, d]), i32::from_be_bytes([e, f, g, h]))
+    }
+
     /// The key as `pg_locks` shows it: `classid` and `objid` as one number, and `objsubid`.
     pub(crate) fn as_lock_table_columns(self) -> (i64, i16) {
         match self {
@@ -150,6 +159,19 @@ mod tests {
         );
         assert_eq!(compat::from_i64(-7), AdvisoryKey::Big(-7));
         assert_eq!(compat::from_pair(-1, 2), AdvisoryKey::Pair(-1, 2));
+    }
+
+    #[test]
+    fn keys_read_back_from_the_lock_table() {
+        for key in [
+            AdvisoryKey::Big(-7),
+            AdvisoryKey::Big(i64::MAX),
+            AdvisoryKey::Pair(-1, 2),
+            AdvisoryKey::Pair(1, -2),
+        ] {
+            let (bits, space) = key.as_lock_table_columns();
+            assert_eq!(AdvisoryKey::from_lock_table_columns(bits, space), key);
+        }
     }
 
     #[test]

@@ -406,6 +406,11 @@ impl DistributedLock for PgTransactionLock {
                 .acquire(request.name(), wait, &process.signals, attempt)
                 .await
         };
+        let key = || Some(AdvisoryKey::of(request.name()));
+        let attempt = self
+            .process
+            .waits
+            .while_it_takes(request, "transaction", key, attempt);
         let span = observe::span("acquire", "transaction", request.name());
         observe::acquire("transaction", attempt).instrument(span).await
     }

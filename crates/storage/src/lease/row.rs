@@ -499,9 +499,13 @@ impl DistributedLock for RowLease {
 
     async fn acquire(&self, request: &LockRequest, wait: Duration) -> Result<LockGuard, AcquireError> {
         let span = observe::span("acquire", "lease", request.name());
-        observe::acquire("lease", self.waiting_acquire(request, wait))
-            .instrument(span)
-            .await
+        let attempt = self.waiting_acquire(request, wait);
+        let scope = if self.table.own { "lease" } else { "row_lease" };
+        let attempt = self
+            .process
+            .waits
+            .while_it_takes(request, scope, || None, attempt);
+        observe::acquire("lease", attempt).instrument(span).await
     }
 
     async fn resume(&self, request: &LockRequest, lock_id: LockId) -> Result<LockGuard, ResumeError> {

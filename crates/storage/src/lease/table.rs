@@ -244,6 +244,8 @@ pub struct LeaseTable {
     pub(crate) inspect: String,
     /// Binds: audited name, who, reason; the key values. The row it ended.
     pub(crate) force_release: String,
+    /// Part of a statement: every live holder's row. `{fixed}` stands for the bind of the encoded fixed part.
+    pub(crate) held: String,
 }
 
 impl LeaseTable {
@@ -276,6 +278,14 @@ impl LeaseTable {
         };
         let fixed = crate::jobs::FIXED_PART.to_owned();
         Self::write(Naming::Parts { fixed }, "leasehold.jobs", &columns, false)
+    }
+
+    /// How the encoded names of this table's locks begin; `None` for the library's own, whose rows have whole names.
+    pub(crate) fn fixed_part(&self) -> Option<String> {
+        match &self.naming {
+            Naming::Encoded => None,
+            Naming::Parts { fixed } => Some(format!("|{}:{fixed}", fixed.len())),
+        }
     }
 
     /// The values of the key columns for a name, in their order, as texts that the statements can cast.
@@ -319,6 +329,11 @@ impl LeaseTable {
         } else {
             "NULL::text AS instance, NULL::jsonb AS metadata"
         };
+        let (kind, name) = if own {
+            ("lease", "t.name")
+        } else {
+            ("row_lease", "{fixed} || {parts}")
+        };
         let acquire = |commit| {
             let template = ACQUIRE
                 .replace("{more}", more)
@@ -342,6 +357,12 @@ impl LeaseTable {
             fence_and_release: fill(&FENCE.replace("{set}", "{clear}")),
             inspect: fill(&INSPECT.replace("{told}", told)),
             force_release: fill(FORCE_RELEASE),
+            held: fill(
+                &HELD
+                    .replace("{told}", told)
+                    .replace("{kind}", kind)
+                    .replace("{name}", name),
+            ),
         }
     }
 }
@@ -374,6 +395,10 @@ impl Columns {
             "{keys}",
             &list(&|index, key, _| format!("t.{key} AS key{index}"), ", "),
         );
+        let part = |_, key: &String, _| {
+            format!("'|' || octet_length(convert_to(t.{key}::text, 'UTF8')) || ':' || t.{key}::text")
+        };
+        text = text.replace("{parts}", &list(&part, " || "));
         text = text.replace("{unnested}", &list(&|index, _, _| format!("key{index}"), ", "));
         for first in 1..10 {
             let matched = list(
@@ -508,6 +533,12 @@ const INSPECT: &str = "\
 SELECT {id} AS lock_id, {operation} AS operation, {by} AS locked_by, {told}, {acquired_at} AS acquired_at,
        {expires_at} AS expires_at, {token} AS fencing_token
 FROM {table} AS t WHERE {match 1} AND {expires_at} > clock_timestamp()";
+
+/// The columns are those of every kind of lock.
+const HELD: &str = "\
+SELECT '{kind}', {name}, NULL, NULL, 'exclusive', {id}, {operation}, {by}, {told}, {acquired_at},
+           {expires_at}, {token}, NULL, NULL, NULL, '{kind}' || {name}
+    FROM {table} AS t WHERE {expires_at} > clock_timestamp()";
 
 /// The token is raised, so that what the former holder still does with its own is refused by who compares.
 const FORCE_RELEASE: &str = "\

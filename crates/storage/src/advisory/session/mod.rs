@@ -401,6 +401,11 @@ impl DistributedLock for PgSessionLock {
                 Refusal::Failed(error) => error,
             })
         };
+        let key = || Some((self.key_of)(request.name()));
+        let attempt = self
+            .process
+            .waits
+            .while_it_takes(request, "session", key, attempt);
         let span = observe::span("acquire", "session", request.name());
         observe::acquire("session", attempt).instrument(span).await
     }

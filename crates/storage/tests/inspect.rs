@@ -1,0 +1,319 @@
+//! Looking at locks of every kind, and who waits for them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use leasehold_domain::{DistributedLock, Holder, LockGuard, LockMode, LockName, LockRequest};
+use leasehold_storage::advisory::AdvisoryKey;
+use leasehold_storage::{
+    Database, HeldView, LeaseColumns, LeaseTable, LockBackend, RowLeaseTable, WaiterView,
+};
+use tokio::task::JoinHandle;
+use tokio_postgres::Client;
+
+use crate::support::{TestDatabase, eventually};
+
+const PATIENT: Duration = Duration::from_secs(60);
+const MANY: u32 = 1000;
+
+struct Bench {
+    /// Two that share nothing, as processes do.
+    one: Database,
+    other: Database,
+    client: Client,
+    database: TestDatabase,
+}
+
+impl Bench {
+    async fn start() -> Self {
+        let database = TestDatabase::create().await;
+        let connect = async || Database::connect(database.options(), 4).await.unwrap();
+        Self {
+            one: connect().await,
+            other: connect().await,
+            client: database.client().await,
+            database,
+        }
+    }
+
+    async fn held(&self, tables: &[&LeaseTable]) -> Vec<HeldView> {
+        self.other.held_locks(tables, MANY).await.unwrap()
+    }
+
+    async fn waiters(&self) -> Vec<WaiterView> {
+        self.other.waiters(&[], MANY).await.unwrap()
+    }
+}
+
+fn name(parts: &[&str]) -> LockName {
+    LockName::new(parts).unwrap()
+}
+
+fn request(name: &LockName, owner: &str) -> LockRequest {
+    let holder = Holder::new(owner, "test").with_instance("here");
+    LockRequest::new(name.clone(), holder).with_ttl(PATIENT)
+}
+
+fn waiting(lock: Arc<dyn DistributedLock>, request: LockRequest) -> JoinHandle<Option<LockGuard>> {
+    tokio::spawn(async move { lock.acquire(&request, PATIENT).await.ok() })
+}
+
+async fn plans(client: &Client) -> LeaseTable {
+    let table =
+        "CREATE TABLE plans (tenant TEXT, number INTEGER, lock_id UUID, lock_operation TEXT, lock_by TEXT,
+                     lock_acquired_at TIMESTAMPTZ, lock_expires_at TIMESTAMPTZ,
+                     lock_fencing_token BIGINT NOT NULL DEFAULT 0, PRIMARY KEY (tenant, number));
+                 INSERT INTO plans VALUES ('grün', 7)";
+    client.batch_execute(table).await.unwrap();
+    plans_table()
+}
+
+fn plans_table() -> LeaseTable {
+    RowLeaseTable::new("public", "plans", "plän")
+        .key_column("tenant")
+        .integer_key_column("number")
+        .columns(LeaseColumns::prefixed("lock_"))
+        .build()
+        .unwrap()
+}
+
+/// A lock of some kind as two processes have it.
+struct Kind {
+    backend: LockBackend,
+    here: Arc<dyn DistributedLock>,
+    there: Arc<dyn DistributedLock>,
+    name: LockName,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_kinds_are_seen_in_one_shape() {
+    let bench = Bench::start().await;
+    let table = plans(&bench.client).await;
+    let kinds = [
+        Kind {
+            backend: LockBackend::Session,
+            here: Arc::new(bench.one.session_locks()),
+            there: Arc::new(bench.other.session_locks()),
+            name: name(&["seen", "session"]),
+        },
+        Kind {
+            backend: LockBackend::Transaction,
+            here: Arc::new(bench.one.transaction_locks()),
+            there: Arc::new(bench.other.transaction_locks()),
+            name: name(&["seen", "transaction"]),
+        },
+        Kind {
+            backend: LockBackend::Lease,
+            here: Arc::new(bench.one.leases()),
+            there: Arc::new(bench.other.leases()),
+            name: name(&["seen", "lease"]),
+        },
+        Kind {
+            backend: LockBackend::RowLease,
+            here: Arc::new(bench.one.row_leases(plans_table())),
+            there: Arc::new(bench.other.row_leases(plans_table())),
+            name: name(&["plän", "grün", "7"]),
+        },
+    ];
+    let mut guards = Vec::new();
+    let mut waits = Vec::new();
+    for kind in &kinds {
+        let holding = request(&kind.name, "holder");
+        guards.push(kind.here.try_acquire(&holding).await.unwrap());
+        for contender in [&kind.here, &kind.there] {
+            waits.push(waiting(Arc::clone(contender), request(&kind.name, "waiter")));
+        }
+    }
+
+    let mut held = Vec::new();
+    eventually("both waiters of each are told", async || {
+        held = bench.held(&[&table]).await;
+        held.len() == kinds.len() && held.iter().all(|view| view.waiters == 2)
+    })
+    .await;
+    assert!(held.is_sorted_by_key(|view| view.since), "{held:?}");
+    for (Kind { backend, name, .. }, guard) in kinds.iter().zip(&guards) {
+        let view = held.iter().find(|view| view.backend == *backend).unwrap();
+        assert_eq!(view.name.as_ref(), Some(name));
+        assert_eq!(view.mode, LockMode::Exclusive);
+        assert_eq!(view.lock_id, Some(guard.lock_id()));
+        assert_eq!(view.holder.as_ref().unwrap().owner, "holder");
+        assert_eq!(view.since, Some(guard.acquired_at()));
+        assert_eq!(view.expires_at, guard.expires_at());
+        assert_eq!(view.fencing_token, guard.fencing_token());
+        let advisory = matches!(backend, LockBackend::Session | LockBackend::Transaction);
+        assert_eq!(view.key, advisory.then(|| AdvisoryKey::of(name)));
+        assert_eq!(view.session.is_some(), advisory);
+    }
+
+    let waiters = bench.other.waiters(&[&table], MANY).await.unwrap();
+    assert_eq!(waiters.len(), 2 * kinds.len(), "{waiters:?}");
+    assert!(waiters.is_sorted_by_key(|view| view.since), "{waiters:?}");
+    for (guard, Kind { backend, name, .. }) in guards.iter().zip(&kinds) {
+        let of_it: Vec<_> = waiters
+            .iter()
+            .filter(|view| view.name.as_ref() == Some(name))
+            .collect();
+        assert_eq!(of_it.len(), 2, "{name}");
+        for view in of_it {
+            assert_eq!(view.backend, *backend);
+            assert_eq!(view.holder.as_ref().unwrap().owner, "waiter");
+            assert_eq!(view.behind, [guard.lock_id()]);
+            assert!(view.since >= Some(guard.acquired_at()), "{view:?}");
+            assert_eq!(view.session, None, "a wait has no connection");
+        }
+    }
+    let oldest = bench.other.held_locks(&[&table], 2).await.unwrap();
+    assert_eq!(oldest, held[..2]);
+    assert_eq!(bench.other.waiters(&[&table], 3).await.unwrap(), waiters[..3]);
+
+    for wait in waits {
+        wait.abort();
+    }
+    eventually("nobody waits any more", async || bench.waiters().await.is_empty()).await;
+    drop(guards);
+    eventually("nobody holds anything", async || {
+        bench.held(&[&table]).await.is_empty()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_share_one_lock() {
+    let bench = Bench::start().await;
+    let shared = name(&["seen", "shared"]);
+    let reading = |owner: &str| request(&shared, owner).with_mode(LockMode::Shared);
+    let (here, there) = (bench.one.session_locks(), bench.other.session_locks());
+    let a = here.try_acquire(&reading("a")).await.unwrap();
+    let b = here.try_acquire(&reading("b")).await.unwrap();
+    let c = there.try_acquire(&reading("c")).await.unwrap();
+    let writer = waiting(Arc::new(here), request(&shared, "writer"));
+    let mut holders = Vec::new();
+    eventually("all are told", async || {
+        let held = bench.held(&[]).await;
+        let told = |view: &HeldView| Some((view.holder.as_ref()?.owner.clone(), view.mode, view.waiters));
+        holders = held.iter().filter_map(told).collect();
+        holders.len() == 3 && holders.iter().all(|(_, _, waiters)| *waiters == 1)
+    })
+    .await;
+    holders.sort_by(|(a, ..), (b, ..)| a.cmp(b));
+    let owners: Vec<&str> = holders.iter().map(|(owner, ..)| owner.as_str()).collect();
+    assert_eq!(owners, ["a", "b", "c"]);
+    assert!(holders.iter().all(|(_, mode, _)| *mode == LockMode::Shared));
+    let waiters = bench.waiters().await;
+    let [wait] = waiters.as_slice() else {
+        panic!("{waiters:?}");
+    };
+    assert_eq!(wait.mode, LockMode::Exclusive);
+    assert_eq!(
+        (wait.behind.len(), wait.behind_sessions.len()),
+        (3, 2),
+        "{wait:?}"
+    );
+    drop((a, b, c));
+    assert!(writer.await.unwrap().is_some());
+}
+
+/// Programs without this library take the same keys, and wait inside the server.
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_are_seen_by_their_keys() {
+    let bench = Bench::start().await;
+    let ours = name(&["seen", "ours"]);
+    let AdvisoryKey::Big(key) = AdvisoryKey::of(&ours) else {
+        panic!("names have big keys");
+    };
+    let guard = bench
+        .one
+        .session_locks()
+        .try_acquire(&request(&ours, "us"))
+        .await
+        .unwrap();
+    let stranger = bench.database.client().await;
+    stranger
+        .batch_execute("SET application_name = 'stranger'; SELECT pg_advisory_lock(-1, 2)")
+        .await
+        .unwrap();
+    let waits = tokio::spawn(async move {
+        stranger
+            .batch_execute(&format!("SELECT pg_advisory_lock({key})"))
+            .await
+            .unwrap();
+        stranger
+    });
+    let mut waiters = Vec::new();
+    eventually("the stranger waits, and the lock's name is told", async || {
+        waiters = bench.waiters().await;
+        waiters
+            .iter()
+            .any(|view| view.name.is_some() && view.since.is_some())
+    })
+    .await;
+    let [wait] = waiters.as_slice() else {
+        panic!("{waiters:?}");
+    };
+    assert_eq!(
+        (wait.name.as_ref(), wait.key),
+        (Some(&ours), Some(AdvisoryKey::Big(key)))
+    );
+    assert_eq!(
+        wait.session.as_ref().unwrap().application_name.as_deref(),
+        Some("stranger")
+    );
+    assert_eq!(wait.behind, [guard.lock_id()]);
+    assert_eq!(wait.holder, None);
+
+    let held = bench.held(&[]).await;
+    let of_ours = held
+        .iter()
+        .find(|view| view.name.as_ref() == Some(&ours))
+        .unwrap();
+    assert_eq!(of_ours.waiters, 1);
+    let unnamed = held.iter().find(|view| view.name.is_none()).unwrap();
+    assert_eq!(unnamed.key, Some(AdvisoryKey::Pair(-1, 2)));
+    assert_eq!(unnamed.backend, LockBackend::Session);
+    assert_eq!(unnamed.session, wait.session);
+    drop(guard);
+    waits.await.unwrap();
+}
+
+/// What a process told stands there after it was killed, and is believed for ten seconds.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_silent_is_not_believed() {
+    let bench = Bench::start().await;
+    let insert = "INSERT INTO leasehold.presence (process_id, lock_id, name, mode, scope, operation, locked_by, instance,
+                      metadata, acquired_at, seen_at, waits)
+                  SELECT gen_random_uuid(), gen_random_uuid(), '|1:a', 'exclusive', 'lease', 'work', 'gone', '', '{}',
+                         clock_timestamp(), clock_timestamp() - silent * interval '1 second', true
+                  FROM unnest(ARRAY[3, 9.0, 10.1, 60]) AS silent";
+    bench.client.batch_execute(insert).await.unwrap();
+    assert_eq!(bench.waiters().await.len(), 2);
+    let a = name(&["a"]);
+    let elsewhere = bench.one.waiting_elsewhere([&a, &name(&["b"])]).await.unwrap();
+    assert_eq!(elsewhere.get(&a), Some(&2));
+    assert_eq!(elsewhere.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waits_of_this_process_are_not_elsewhere() {
+    let bench = Bench::start().await;
+    let busy = name(&["seen", "busy"]);
+    let (one, other) = (bench.one.leases(), bench.other.leases());
+    let guard = one.try_acquire(&request(&busy, "holder")).await.unwrap();
+    let waits = [
+        waiting(Arc::new(one.clone()), request(&busy, "here")),
+        waiting(Arc::new(one), request(&busy, "here")),
+        waiting(Arc::new(other), request(&busy, "there")),
+    ];
+    let elsewhere = async |database: &Database| {
+        let counted = database.waiting_elsewhere([&busy]).await.unwrap();
+        counted.get(&busy).copied().unwrap_or_default()
+    };
+    eventually("each sees the other's", async || {
+        (elsewhere(&bench.one).await, elsewhere(&bench.other).await) == (1, 2)
+    })
+    .await;
+    for wait in waits {
+        wait.abort();
+    }
+    drop(guard);
+}

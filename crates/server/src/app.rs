@@ -2,7 +2,7 @@
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::Response;
 use axum::routing::get;
 use leasehold_http::openapi::{ProblemComponents, ReplayedAnswers};
@@ -17,7 +17,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use crate::idempotency::answer_once;
 use crate::state::AppState;
 use crate::{
-    contexts, default_config, feedback_records, jobs, locks, service, tenants, versions, webhooks,
+    contexts, default_config, feedback_records, jobs, locks, metrics, service, tenants, versions, webhooks,
     work_items, workspaces,
 };
 
@@ -115,6 +115,7 @@ fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(jobs::routes::resume))
         .routes(routes!(service::health))
         .routes(routes!(service::ready))
+        .routes(routes!(service::metrics))
         .routes(routes!(service::problem))
 }
 
@@ -127,8 +128,8 @@ pub fn openapi() -> Document {
 
 /// The service, ready to be served.
 ///
-/// The layers from the outside in: ids and problems, the release of locks before the response leaves, panics,
-/// idempotency keys. So a panic's answer too is sent after the release, and is a problem with an id.
+/// The layers from the outside in: what counts requests, ids and problems, the release of locks before the response
+/// leaves, panics, idempotency keys. So a panic's answer too is sent after the release, and is a problem with an id.
 pub fn router(state: AppState) -> Router {
     let api = Router::from(routes());
     let ui = SwaggerUi::new("/docs")
@@ -142,6 +143,7 @@ pub fn router(state: AppState) -> Router {
         .layer(CatchPanicLayer::custom(on_panic))
         .layer(LockScopeLayer)
         .layer(RequestIdLayer)
+        .layer(from_fn(metrics::count))
 }
 
 /// Wakes who hands on the events of writes. Whoever hangs up before is found without.

@@ -17,6 +17,7 @@ pub mod feedback_records;
 mod idempotency;
 pub mod jobs;
 pub mod locks;
+mod metrics;
 pub mod mode;
 pub mod names;
 pub mod paging;

@@ -11,6 +11,7 @@ use leasehold_http::{ApiPath, Code, Problem, ProblemBody};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use crate::metrics;
 use crate::state::AppState;
 
 /// How long the database may take to answer a service that says it is ready.
@@ -52,6 +53,21 @@ pub(crate) async fn ready(State(state): State<AppState>) -> Result<Json<Health>,
         Err(late) => return Err(Problem::unavailable(late)),
     }
     Ok(Json(Health { status: "ok" }))
+}
+
+/// What the service has counted and measured
+///
+/// For Prometheus. Numbers of the queue are those of all instances, and may be some seconds old.
+#[utoipa::path(
+    get, path = "/metrics", tag = "service", operation_id = "metrics", security(()),
+    responses((status = 200, description = "In the text format of Prometheus", body = String,
+               content_type = "text/plain; version=0.0.4")),
+)]
+pub(crate) async fn metrics(State(state): State<AppState>) -> impl IntoResponse {
+    // Before anything is set: the first to ask may start it all.
+    metrics::start();
+    state.sampler().sample(state.db()).await;
+    metrics::render()
 }
 
 /// The path of a kind of problem.

@@ -11,6 +11,7 @@ use leasehold_storage::{Database, LeaseColumns, PgTransactionLock, RowLease, Row
 use tokio::sync::Notify;
 
 use crate::config::{ServeConfig, WorkspaceLockMode};
+use crate::metrics::Sampler;
 use crate::waiters::{BoundedWaiters, Limits};
 use crate::workspaces::known::KnownWorkspaces;
 
@@ -85,6 +86,7 @@ struct Inner {
     leases: Arc<BoundedWaiters>,
     written: Arc<Notify>,
     draining: AtomicBool,
+    sampler: Sampler,
 }
 
 impl AppState {
@@ -118,6 +120,7 @@ impl AppState {
             leases,
             written: Arc::default(),
             draining: AtomicBool::new(false),
+            sampler: Sampler::default(),
         })))
     }
 
@@ -148,6 +151,11 @@ impl AppState {
     /// Told after each write that succeeded: there may be events to hand on.
     pub(crate) fn written(&self) -> Arc<Notify> {
         Arc::clone(&self.0.written)
+    }
+
+    /// What looks up what is measured only when somebody asks.
+    pub(crate) fn sampler(&self) -> &Sampler {
+        &self.0.sampler
     }
 
     /// From now on the service says that it is not ready: it is about to stop.

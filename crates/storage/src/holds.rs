@@ -8,6 +8,7 @@ use leasehold_domain::{HoldControl, LockId, LockName};
 use crate::advisory::AdvisoryKey;
 use crate::advisory::transaction::OpenTransaction;
 use crate::lease::LeaseHold;
+use crate::observe;
 
 /// The holds of one process. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -112,8 +113,15 @@ impl Holds {
         }
     }
 
-    /// Forgets a hold. Answers it to the one who ends it, and `None` to everybody after.
+    /// Forgets a hold that has ended. Answers it to the one who ends it, and `None` to everybody after.
     pub(crate) fn remove(&self, lock_id: LockId) -> Option<Hold> {
+        let hold = self.hand_over(lock_id)?;
+        observe::held(hold.scope.backend(), hold.control.held_for());
+        Some(hold)
+    }
+
+    /// Forgets a hold, which somebody else goes on with.
+    pub(crate) fn hand_over(&self, lock_id: LockId) -> Option<Hold> {
         let hold = {
             let table = &mut *self.table();
             let kinds = [&mut table.leases, &mut table.transactions, &mut table.sessions];
@@ -124,10 +132,7 @@ impl Holds {
             }
             hold
         };
-        let backend = hold.scope.backend();
-        metrics::gauge!("leasehold_lock_held", "backend" => backend).decrement(1);
-        metrics::histogram!("leasehold_lock_hold_seconds", "backend" => backend)
-            .record(hold.control.held_for());
+        metrics::gauge!("leasehold_lock_held", "backend" => hold.scope.backend()).decrement(1);
         Some(hold)
     }
 

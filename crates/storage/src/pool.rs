@@ -107,7 +107,10 @@ impl Pool {
         metrics::histogram!("leasehold_pool_wait_seconds").record(start.elapsed());
         let mut conn = result.map_err(|error| match error {
             bb8::RunError::User(error) => error,
-            bb8::RunError::TimedOut => StorageError::NoConnection,
+            bb8::RunError::TimedOut => {
+                metrics::counter!("leasehold_pool_timeouts_total").increment(1);
+                StorageError::NoConnection
+            }
         })?;
         conn.tainted = true;
         Ok(Checkout(Loan::Pooled(conn)))

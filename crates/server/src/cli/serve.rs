@@ -18,7 +18,7 @@ use crate::cli::{Failed, print};
 use crate::config::{ServeConfig, WorkspaceLockMode};
 use crate::deliveries::Deliveries;
 use crate::state::{AppState, Settings};
-use crate::{app, demo, idempotency, mode, schema, telemetry};
+use crate::{app, demo, idempotency, metrics, mode, schema, telemetry};
 
 /// How often unused rows of lock names are looked for.
 const RETENTION_PERIOD: Duration = Duration::from_secs(60 * 60);
@@ -29,6 +29,7 @@ const SHUTDOWN: Duration = Duration::from_secs(5);
 
 pub(crate) fn run(config: &ServeConfig) -> Result<(), Failed> {
     telemetry::start(&config.log);
+    metrics::start();
     // The private server starts before the runtime and ends after it.
     let postgres = Postgres::find(&config.database)?;
     postgres.runtime.block_on(serve(config, &postgres))
@@ -91,6 +92,7 @@ async fn serve_on(
     let mut tasks = vec![
         tokio::spawn(remove_unused_leases(db.clone(), config.lease_retention())),
         tokio::spawn(idempotency::prune(db.clone())),
+        tokio::spawn(metrics::keep_up()),
     ];
     if let Some(alive) = alive {
         let mode = state.settings().lock_mode;

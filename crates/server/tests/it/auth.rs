@@ -34,6 +34,7 @@ async fn without_a_valid_key_nothing_is_told() {
         for open in [
             "/healthz",
             "/readyz",
+            "/metrics",
             "/openapi.json",
             "/docs/",
             "/problems/lock_lost",

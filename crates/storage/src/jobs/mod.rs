@@ -183,6 +183,8 @@ pub enum RunOutcome {
 }
 
 impl RunOutcome {
+    pub(crate) const ALL: [Self; 4] = [Self::Succeeded, Self::Failed, Self::TimedOut, Self::Interrupted];
+
     /// `succeeded`, `failed`, `timed_out` or `interrupted`.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -194,9 +196,7 @@ impl RunOutcome {
     }
 
     fn parse(text: &str) -> Option<Self> {
-        [Self::Succeeded, Self::Failed, Self::TimedOut, Self::Interrupted]
-            .into_iter()
-            .find(|outcome| outcome.as_str() == text)
+        Self::ALL.into_iter().find(|outcome| outcome.as_str() == text)
     }
 }
 

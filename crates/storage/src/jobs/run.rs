@@ -28,6 +28,7 @@ pub(crate) async fn run(
     let span =
         tracing::info_span!("job", job = run.job, slot = %run.slot, attempt = run.attempt, id = %run.id());
     async {
+        let (job, started) = (run.job.clone(), Instant::now());
         let end = tokio::select! {
             biased;
             () = run.guard.lost() => None,
@@ -42,6 +43,7 @@ pub(crate) async fn run(
             _ = cancelled.wait_for(|cancelled| *cancelled) => Some((RunOutcome::Interrupted, None)),
         };
         // By here the work has ended or was dropped.
+        metrics::histogram!("leasehold_job_run_seconds", "job" => job).record(started.elapsed());
         match end {
             Some((outcome, error)) => settle(&process, run, outcome, error.as_deref()).await,
             // Whoever looks next finds the lease over, and records that.
@@ -88,8 +90,18 @@ async fn settle(process: &Process, run: JobRun, outcome: RunOutcome, error: Opti
     }
 }
 
+/// Says that there is such a job, so that its first failure is one more than none.
+pub(crate) fn announce(job: &str) {
+    for outcome in RunOutcome::ALL {
+        counter(job, outcome).increment(0);
+    }
+}
+
 pub(crate) fn count(job: &str, outcome: RunOutcome) {
+    counter(job, outcome).increment(1);
+}
+
+fn counter(job: &str, outcome: RunOutcome) -> metrics::Counter {
     // Jobs are few, and named by programs.
     metrics::counter!("leasehold_job_runs_total", "job" => job.to_owned(), "outcome" => outcome.as_str())
-        .increment(1);
 }

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use crate::clock::Boottime;
 use crate::error::{StorageError, chain};
-use crate::jobs::run::{self, count};
+use crate::jobs::run::{self, announce, count};
 use crate::jobs::table::{self, Claim, JobRow, Last};
 use crate::jobs::{Job, JobRun, JobWork, RELEASE, RunOutcome};
 use crate::lease::reaper::Lease;
@@ -97,6 +97,7 @@ impl JobScheduler {
     pub async fn start(self) -> Result<RunningJobs, Unavailable> {
         for registered in self.jobs.values() {
             table::register(&self.process.pool, &registered.job).await?;
+            announce(&registered.job.name);
         }
         let (stop, stopped) = watch::channel(None);
         let task = tokio::spawn(self.run(stopped));

@@ -20,6 +20,7 @@ use crate::database::Database;
 use crate::error::StorageError;
 use crate::holds::Scope;
 use crate::lease::seconds;
+use crate::observe;
 use crate::process::Process;
 use crate::statement::Prepared;
 
@@ -87,9 +88,12 @@ impl LeaseRow {
 }
 
 #[derive(QueryableByName)]
-struct FlagRow {
+struct ReleaseRow {
     #[diesel(sql_type = Bool)]
     live: bool,
+    /// In seconds.
+    #[diesel(sql_type = Nullable<Double>)]
+    held_for: Option<f64>,
 }
 
 #[derive(QueryableByName)]
@@ -153,22 +157,23 @@ const RELEASE: &str = "\
 WITH asked AS MATERIALIZED (
     SELECT lock_id, name FROM leasehold.client_leases WHERE lock_id = $1 AND name = $2
 ), mine AS MATERIALIZED (
-    SELECT t.name, t.expires_at AS until
+    SELECT t.name, t.expires_at AS until, t.acquired_at AS since
     FROM leasehold.leases AS t JOIN asked ON t.name = asked.name AND t.lock_id = asked.lock_id
     FOR NO KEY UPDATE OF t
 ), ended AS (
     UPDATE leasehold.leases AS t
     SET lock_id = NULL, operation = NULL, locked_by = NULL, acquired_at = NULL, expires_at = NULL
     FROM mine WHERE t.name = mine.name
-    RETURNING mine.until > clock_timestamp() AS live
+    RETURNING mine.until > clock_timestamp() AS live,
+              extract(epoch FROM clock_timestamp() - mine.since)::float8 AS held_for
 ), forgotten AS (
     DELETE FROM leasehold.client_leases AS c USING asked WHERE c.lock_id = asked.lock_id AND NOT c.chosen
 ), remembered AS (
     UPDATE leasehold.client_leases AS c SET ends_at = least(c.ends_at, clock_timestamp())
     FROM asked WHERE c.lock_id = asked.lock_id AND c.chosen
 )
-SELECT coalesce((SELECT live FROM ended), false) AS live,
-       set_config('synchronous_commit', 'off', true) AS commit";
+SELECT coalesce(ended.live, false) AS live, ended.held_for, set_config('synchronous_commit', 'off', true) AS commit
+FROM (SELECT) AS one LEFT JOIN ended ON true";
 
 /// Binds: seconds.
 const FORGET: &str = "\
@@ -261,7 +266,7 @@ impl ClientLeases {
                 Err(lost())
             };
         };
-        self.process.holds.remove(ours);
+        self.process.holds.hand_over(ours);
         guard.defuse();
         Ok(HandedOver::Done(handed))
     }
@@ -309,13 +314,19 @@ impl ClientLeases {
         let release = diesel::sql_query(RELEASE)
             .bind::<SqlUuid, _>(lock_id.as_uuid())
             .bind::<Text, _>(name.encoded());
-        let row: FlagRow = self
+        let row: ReleaseRow = self
             .process
             .pool
             .ask(async |conn| Ok::<_, StorageError>(Prepared(release).get_result(conn).await?))
             .await?;
         if !row.live {
             return Ok(Released::AlreadyGone);
+        }
+        if let Some(held_for) = row
+            .held_for
+            .and_then(|held| Duration::try_from_secs_f64(held).ok())
+        {
+            observe::held("lease", held_for);
         }
         self.process.freed(name);
         Ok(Released::Held)

@@ -356,6 +356,10 @@ impl Shared {
             return Verdict::Lost;
         }
         let claim = &item.claim;
+        let _timed = Timed {
+            kind: &claim.scope.kind,
+            start: Instant::now(),
+        };
         let processed = AssertUnwindSafe(self.processor.process(claim)).catch_unwind();
         let result = tokio::select! {
             biased;
@@ -382,5 +386,19 @@ impl Shared {
             let pause = self.options.pause_after(claim.attempt);
             Verdict::Retry { error, pause }
         }
+    }
+}
+
+/// Measures how long an item is worked on, however that ends.
+struct Timed<'a> {
+    kind: &'a str,
+    start: Instant,
+}
+
+impl Drop for Timed<'_> {
+    fn drop(&mut self) {
+        // Kinds are few, and named by programs.
+        metrics::histogram!("leasehold_queue_processing_seconds", "kind" => self.kind.to_owned())
+            .record(self.start.elapsed());
     }
 }

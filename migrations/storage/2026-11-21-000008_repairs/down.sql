@@ -1,1 +1,25 @@
-SELECT 1;
+CREATE INDEX outbox_tenant ON leasehold.outbox (tenant_id);
+DROP INDEX leasehold.outbox_order;
+CREATE OR REPLACE FUNCTION leasehold.fail_work(
+    ids BIGINT[], tokens UUID[], errors TEXT[], OUT done UUID[], OUT changed UUID[]
+)
+LANGUAGE plpgsql VOLATILE
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off SET jit = off
+AS $$
+DECLARE
+    held CONSTANT RECORD := leasehold.lock_claims(ids, tokens);
+BEGIN
+    INSERT INTO leasehold.dead_letters
+        (tenant_id, kind, scope_type, scope_id, payload, priority, event_at, max_attempts, attempt_count, last_error)
+    SELECT i.tenant_id, i.kind, i.scope_type, i.scope_id, i.payload, i.priority, i.event_at, i.max_attempts,
+           c.attempt_count, given.error
+    FROM unnest(ids, tokens, errors) AS given(id, token, error)
+    JOIN leasehold.work_claims c ON c.item_id = given.id AND c.token = given.token
+    JOIN leasehold.work_items i ON i.id = c.item_id
+    ORDER BY c.item_id;
+    DELETE FROM leasehold.work_items i WHERE i.id = ANY (held.unchanged);
+    DELETE FROM leasehold.work_claims c WHERE c.item_id = ANY (held.unchanged || held.changed);
+    done := held.unchanged_tokens;
+    changed := held.changed_tokens;
+END
+$$;

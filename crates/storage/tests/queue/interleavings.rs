@@ -98,8 +98,14 @@ async fn run(client: &Client, statement: Statement, claim: &Claim, letter: i64) 
             return Rows(client.execute(sql, &[&letter]).await.unwrap());
         }
         Purge => {
-            let sql = "DELETE FROM leasehold.work_items WHERE tenant_id = 'acme'";
-            return Rows(client.execute(sql, &[]).await.unwrap());
+            let drain = "SELECT leasehold.drain_tenant('acme', 30000)";
+            let drained = client.query_one(drain, &[]).await.unwrap();
+            assert_eq!(drained.get::<_, &str>(0), "drained");
+            let items = "DELETE FROM leasehold.work_items WHERE tenant_id = 'acme'";
+            let items = client.execute(items, &[]).await.unwrap();
+            let letters = "DELETE FROM leasehold.dead_letters WHERE tenant_id = 'acme'";
+            client.execute(letters, &[]).await.unwrap();
+            return Rows(items);
         }
     };
     let row = settled.unwrap();
@@ -416,11 +422,11 @@ async fn settlements_race_with_a_purge() {
             (Rows(1), Changed, false),
             "{statement:?}"
         );
-        assert_eq!(purged.3.item, None);
+        assert_eq!((purged.3.item, purged.3.dead), (None, 0), "{statement:?}");
         let after = race.run((statement, Purge), false, true).await;
         let gone = matches!(statement, Complete | Fail);
         assert_eq!((after.0, after.1, after.2), (Done, Rows(u64::from(!gone)), true));
-        assert_eq!(after.3.item, None);
+        assert_eq!((after.3.item, after.3.dead), (None, 0), "{statement:?}");
         assert!(!race.can_be_claimed().await);
     }
 }

@@ -6,6 +6,7 @@ mod answers;
 mod bench;
 mod bounds;
 mod budgets;
+mod commands;
 mod crashes;
 mod deliveries;
 mod disturbances;

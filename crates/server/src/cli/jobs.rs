@@ -61,6 +61,9 @@ pub(crate) fn run(args: &JobsArgs) -> Result<(), Failed> {
     telemetry::start(&common.log);
     let postgres = Postgres::find(&common.database)?;
     postgres.runtime.block_on(async {
+        if postgres.is_private() {
+            crate::schema::migrations().run(&postgres.options).await?;
+        }
         let db = connect_briefly(&postgres.options).await?;
         let done = act(&db, &args.action).await;
         db.shutdown(Duration::from_secs(5)).await;

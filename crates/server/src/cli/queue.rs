@@ -82,6 +82,9 @@ pub(crate) fn run(args: &QueueArgs) -> Result<(), Failed> {
     telemetry::start(&common.log);
     let postgres = Postgres::find(&common.database)?;
     postgres.runtime.block_on(async {
+        if postgres.is_private() {
+            crate::schema::migrations().run(&postgres.options).await?;
+        }
         let db = connect_briefly(&postgres.options).await?;
         let done = act(&db, &args.action).await;
         db.shutdown(Duration::from_secs(5)).await;
@@ -104,7 +107,11 @@ async fn act(db: &Database, action: &Action) -> Result<String, Failed> {
                 writeln!(
                     text,
                     "{}  ready {} (oldest {oldest:.0} s)  delayed {}  claimed {}  dead {}",
-                    kind.kind, kind.ready, kind.delayed, kind.claimed, kind.dead
+                    on_one_line(&kind.kind),
+                    kind.ready,
+                    kind.delayed,
+                    kind.claimed,
+                    kind.dead
                 )?;
             }
             Ok(text)
@@ -117,11 +124,12 @@ async fn act(db: &Database, action: &Action) -> Result<String, Failed> {
             let mut text = String::new();
             for Listed { tenant_id, letter } in letters {
                 let item = &letter.item;
-                let why = item.last_error.as_deref().unwrap_or_default();
+                let (kind, scope) = (on_one_line(&item.kind), on_one_line(&item.scope_id));
+                let why = on_one_line(item.last_error.as_deref().unwrap_or_default());
                 writeln!(
                     text,
-                    "{}  {tenant_id}  {}  {}  {}  after {} attempts: {why}",
-                    item.id, item.kind, item.scope_id, letter.failed_at, item.attempt_count
+                    "{}  {tenant_id}  {kind}  {scope}  {}  after {} attempts: {why}",
+                    item.id, letter.failed_at, item.attempt_count
                 )?;
             }
             Ok(text)
@@ -134,12 +142,25 @@ async fn act(db: &Database, action: &Action) -> Result<String, Failed> {
                 })
                 .await?;
             if redriven == 0 {
-                return Err(format!("{tenant} has no such dead letters").into());
+                return Err(format!("the tenant {tenant} has no such dead letters").into());
             }
             queue.wake([deliveries::KIND]);
             Ok(format!("{redriven}\n"))
         }
     }
+}
+
+/// Whoever wrote it may have written anything: a letter is a line, and terminals obey some characters.
+fn on_one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() {
+            line.extend(character.escape_default());
+        } else {
+            line.push(character);
+        }
+    }
+    line
 }
 
 /// They are bounded by number, and few where all is well.

@@ -27,6 +27,7 @@ mod waiting;
 mod waits;
 
 pub use advisory::session::PgSessionLock;
+pub use advisory::session::force::Terminated;
 pub use advisory::transaction::PgTransactionLock;
 pub use connect::{ConnectOptions, ConnectOptionsError};
 pub use database::Database;

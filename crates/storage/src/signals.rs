@@ -9,10 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use leasehold_domain::LockName;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use leasehold_domain::{LockId, LockName};
+use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_postgres::{AsyncMessage, Client};
+use uuid::Uuid;
 
 use crate::advisory::AdvisoryKey;
 use crate::connect::ConnectOptions;
@@ -23,6 +24,8 @@ const WAIT_CHANNEL: &str = "leasehold_wait";
 const FREE_CHANNEL: &str = "leasehold_free";
 /// A job may be due sooner than its schedule says. Sent by the statements that make it so.
 const JOBS_CHANNEL: &str = "leasehold_jobs";
+/// Somebody wants the owner of a session lock to give it up. Sent by the statement that records it.
+const RELEASE_CHANNEL: &str = "leasehold_release";
 
 /// A wait that was announced is answered when the name is released within this time after, or was within this
 /// time before.
@@ -34,6 +37,8 @@ const SWEEP_ABOVE: usize = 1024;
 /// How long an announcement may take; the first poll of a waiter comes no sooner.
 const ANNOUNCE: Duration = Duration::from_millis(250);
 const RECONNECT: Duration = Duration::from_millis(250);
+/// How many locks may be asked for at once. Who asks in vain asks again.
+const ASKED: usize = 256;
 /// How many signals go into one transaction.
 const BATCH: usize = 1000;
 
@@ -44,10 +49,21 @@ pub(crate) struct Signals {
     outbox: mpsc::UnboundedSender<Message>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     names: Mutex<Names>,
     jobs: watch::Sender<()>,
+    asked: broadcast::Sender<LockId>,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            names: Mutex::default(),
+            jobs: watch::Sender::default(),
+            asked: broadcast::Sender::new(ASKED),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -182,6 +198,11 @@ impl Signals {
         self.state.jobs.subscribe()
     }
 
+    /// The session locks that somebody wants given up, whichever process has them.
+    pub(crate) fn asked_to_release(&self) -> broadcast::Receiver<LockId> {
+        self.state.asked.subscribe()
+    }
+
     /// Tells other processes that this one waits for a name, and hears when one of them frees it. Try again
     /// after this returns: a release before it was not heard.
     pub(crate) async fn wait_for(&self, key: i64) -> Subscription {
@@ -278,7 +299,7 @@ async fn listen(
     });
     client
         .batch_execute(&format!(
-            "LISTEN {WAIT_CHANNEL}; LISTEN {FREE_CHANNEL}; LISTEN {JOBS_CHANNEL}"
+            "LISTEN {WAIT_CHANNEL}; LISTEN {FREE_CHANNEL}; LISTEN {JOBS_CHANNEL}; LISTEN {RELEASE_CHANNEL}"
         ))
         .await?;
     // Whatever was sent before was not heard.
@@ -289,6 +310,13 @@ async fn listen(
         while let Some(notification) = notifications.recv().await {
             if notification.channel() == JOBS_CHANNEL {
                 state.jobs.send_replace(());
+                continue;
+            }
+            if notification.channel() == RELEASE_CHANNEL {
+                if let Ok(lock_id) = notification.payload().parse::<Uuid>() {
+                    // Nobody listens when the process is about to end.
+                    _ = state.asked.send(lock_id.into());
+                }
                 continue;
             }
             let Ok(key) = notification.payload().parse() else {

@@ -1,18 +1,28 @@
-//! Looking at locks of every kind, and who waits for them.
+//! Looking at locks of every kind and at who waits for them, and taking session locks away.
 
+use std::io::Write as _;
+use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use leasehold_domain::{DistributedLock, Holder, LockGuard, LockMode, LockName, LockRequest};
+use leasehold_conformance::this_test_binary;
+use leasehold_domain::{
+    AcquireError, DistributedLock, ExtendError, Holder, LockGuard, LockMode, LockName, LockRequest, Released,
+};
+use leasehold_storage::ConnectOptions;
 use leasehold_storage::advisory::AdvisoryKey;
 use leasehold_storage::{
     Database, HeldView, LeaseColumns, LeaseTable, LockBackend, RowLeaseTable, WaiterView,
 };
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
+use uuid::Uuid;
 
 use crate::support::{TestDatabase, eventually};
 
+const URL: &str = "LEASEHOLD_CONFORMANCE_DATABASE_URL";
 const PATIENT: Duration = Duration::from_secs(60);
 const MANY: u32 = 1000;
 
@@ -316,4 +326,274 @@ async fn waits_of_this_process_are_not_elsewhere() {
         wait.abort();
     }
     drop(guard);
+}
+
+/// The lock, who took it away, why, the acquisition, and whose it was.
+type Record = (LockName, String, String, Option<Uuid>, Option<String>);
+
+/// What `leasehold.lock_audit` has on record: who took what from whom, and why.
+async fn audited(client: &Client) -> Vec<Record> {
+    let read = "SELECT name, released_by, reason, lock_id, locked_by FROM leasehold.lock_audit ORDER BY id";
+    let rows = client.query(read, &[]).await.unwrap();
+    rows.into_iter()
+        .map(|row| {
+            let name = LockName::decode(row.get(0)).unwrap();
+            (name, row.get(1), row.get(2), row.get(3), row.get(4))
+        })
+        .collect()
+}
+
+/// The process of the tests about session locks that are taken away.
+#[tokio::test]
+#[ignore = "a process for tests about locks that are taken away"]
+async fn forced_holder() {
+    let url = std::env::var(URL).expect("the test sets it");
+    let options = ConnectOptions::parse(&url, None).unwrap();
+    let locks = Database::connect(options, 2).await.unwrap().session_locks();
+    // In the same lock session, whichever has the first.
+    let mut kept = Vec::new();
+    for number in 0..KEPT {
+        let name = name(&["kept", &number.to_string()]);
+        kept.push(locks.try_acquire(&request(&name, "child")).await.unwrap());
+    }
+    let forced = name(&["forced"]);
+    let guard = locks.try_acquire(&request(&forced, "child")).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    // The server ends a session of which it hears nothing for ten seconds: they begin now.
+    for guard in kept.iter().chain([&guard]) {
+        locks.extend(guard, PATIENT).await.unwrap();
+    }
+    // Past the test harness, which captures `println!`.
+    writeln!(std::io::stdout(), "\nheld {}", guard.lock_id()).unwrap();
+    tokio::time::timeout(PATIENT, guard.lost())
+        .await
+        .expect("it is told");
+    let extended = locks.extend(&guard, PATIENT).await;
+    assert!(matches!(extended, Err(ExtendError::Lost)), "{extended:?}");
+    let released = locks.release(guard).await;
+    assert!(matches!(released, Ok(Released::AlreadyGone)), "{released:?}");
+    let kept = kept.iter().filter(|guard| !guard.is_lost()).count();
+    writeln!(std::io::stdout(), "\nlost {kept}").unwrap();
+}
+
+/// How many other locks it has, in its two sessions.
+const KEPT: usize = 4;
+
+/// A process that holds the lock `forced`.
+struct Owner {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+    lock_id: Uuid,
+}
+
+impl Owner {
+    async fn start(bench: &Bench) -> Self {
+        let mut child = this_test_binary("inspect::forced_holder")
+            .env(URL, bench.database.url())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut owner = Self {
+            child,
+            lines,
+            lock_id: Uuid::nil(),
+        };
+        owner.lock_id = owner.says("held ").await.parse().unwrap();
+        owner
+    }
+
+    /// Waits for a line that begins so, and answers how it goes on.
+    async fn says(&mut self, what: &str) -> String {
+        let heard = async {
+            loop {
+                let line = self.lines.next_line().await.unwrap().expect("it goes on");
+                if let Some(rest) = line.strip_prefix(what) {
+                    return rest.to_owned();
+                }
+            }
+        };
+        tokio::time::timeout(PATIENT, heard).await.expect("it says so")
+    }
+
+    async fn signal(&self, name: &str) {
+        let pid = self.child.id().unwrap().to_string();
+        let sent = Command::new("kill").args([name, &pid]).status().await.unwrap();
+        assert!(sent.success());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_lock_is_taken_from_another_process() {
+    let bench = Bench::start().await;
+    let forced = name(&["forced"]);
+    let locks = bench.one.session_locks();
+    assert_eq!(
+        locks.force_release(&forced, "operator", "stuck").await.unwrap(),
+        []
+    );
+    let mut owner = Owner::start(&bench).await;
+    let next = waiting(Arc::new(bench.other.session_locks()), request(&forced, "next"));
+    let ended = locks.force_release(&forced, "operator", "stuck").await.unwrap();
+    let [held] = ended.as_slice() else {
+        panic!("{ended:?}");
+    };
+    assert_eq!(held.lock_id.map(|id| id.as_uuid()), Some(owner.lock_id));
+    assert_eq!(held.holder.as_ref().unwrap().owner, "child");
+    assert_eq!(
+        owner.says("lost ").await,
+        KEPT.to_string(),
+        "its other locks stay"
+    );
+    let next = next.await.unwrap().expect("the next one has it");
+    assert!(!next.is_lost());
+    let record = (
+        forced,
+        "operator".to_owned(),
+        "stuck".to_owned(),
+        Some(owner.lock_id),
+        Some("child".to_owned()),
+    );
+    assert_eq!(audited(&bench.client).await, [record]);
+    assert!(owner.child.wait().await.unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stopped_owner_gives_nothing_up_and_its_session_can_be_ended() {
+    let bench = Bench::start().await;
+    let forced = name(&["forced"]);
+    let locks = bench.one.session_locks();
+    let mut owner = Owner::start(&bench).await;
+    owner.signal("-STOP").await;
+    let start = Instant::now();
+    let refused = locks
+        .force_release(&forced, "operator", "stuck")
+        .await
+        .unwrap_err();
+    let took = start.elapsed();
+    assert!(
+        took >= Duration::from_secs(5) && took < Duration::from_secs(8),
+        "{took:?}: {refused}"
+    );
+    let contended = locks.try_acquire(&request(&forced, "next")).await;
+    assert!(
+        matches!(contended, Err(AcquireError::Contended(_))),
+        "{contended:?}"
+    );
+
+    let terminated = locks.terminate(&forced, "operator", "still stuck").await.unwrap();
+    assert_eq!(terminated.ended.len(), 1, "{terminated:?}");
+    assert!(terminated.other_locks <= KEPT, "{terminated:?}");
+    let guard = locks
+        .try_acquire(&request(&forced, "next"))
+        .await
+        .expect("it is free");
+    let records = audited(&bench.client).await;
+    let (first, rest) = records.split_first().unwrap();
+    assert_eq!((&first.0, first.2.as_str()), (&forced, "stuck"));
+    assert_eq!(rest.len(), 1 + terminated.other_locks, "{rest:?}");
+    assert!(
+        rest.iter()
+            .all(|record| record.2 == "still stuck" && record.4.as_deref() == Some("child"))
+    );
+    assert!(
+        rest.iter()
+            .any(|record| record.0 == forced && record.3 == Some(owner.lock_id))
+    );
+
+    owner.signal("-CONT").await;
+    assert_eq!(
+        owner.says("lost ").await,
+        (KEPT - terminated.other_locks).to_string()
+    );
+    assert!(!guard.is_lost());
+    assert!(owner.child.wait().await.unwrap().success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forced_lock_is_taken_from_all_who_share_it() {
+    let bench = Bench::start().await;
+    let forced = name(&["forced"]);
+    let (here, there) = (bench.one.session_locks(), bench.other.session_locks());
+    let reading = request(&forced, "reader").with_mode(LockMode::Shared);
+    let guards = [
+        here.try_acquire(&reading).await.unwrap(),
+        here.try_acquire(&reading).await.unwrap(),
+        there.try_acquire(&reading).await.unwrap(),
+    ];
+    let writer = waiting(Arc::new(there.clone()), request(&forced, "writer"));
+    // Of the same process as one of them, and of one that holds nothing: at once, before anything is told.
+    let ended = here.force_release(&forced, "operator", "stuck").await.unwrap();
+    assert_eq!(ended.len(), 3, "{ended:?}");
+    for guard in &guards {
+        tokio::time::timeout(PATIENT, guard.lost())
+            .await
+            .expect("it is told");
+    }
+    assert_eq!(audited(&bench.client).await.len(), 3);
+    let writer = writer.await.unwrap().expect("it has it alone");
+    assert!(!writer.is_lost());
+}
+
+/// A program without this library cannot be asked, and its session can be ended all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_is_not_asked() {
+    let bench = Bench::start().await;
+    let forced = name(&["forced"]);
+    let AdvisoryKey::Big(key) = AdvisoryKey::of(&forced) else {
+        panic!("names have big keys");
+    };
+    let stranger = bench.database.client().await;
+    let lock = format!("SELECT pg_advisory_lock({key}), pg_advisory_lock_shared(5)");
+    stranger.batch_execute(&lock).await.unwrap();
+    let locks = bench.one.session_locks();
+    let refused = locks.force_release(&forced, "operator", "stuck").await;
+    assert!(refused.is_err(), "{refused:?}");
+    assert_eq!(audited(&bench.client).await, []);
+    let terminated = locks.terminate(&forced, "operator", "stuck").await.unwrap();
+    assert_eq!(
+        (terminated.ended.len(), terminated.other_locks),
+        (1, 1),
+        "{terminated:?}"
+    );
+    let record = (
+        forced.clone(),
+        "operator".to_owned(),
+        "stuck".to_owned(),
+        None,
+        None,
+    );
+    assert_eq!(audited(&bench.client).await, [record]);
+    drop(
+        locks
+            .try_acquire(&request(&forced, "next"))
+            .await
+            .expect("it is free"),
+    );
+}
+
+/// Of a transaction lock of the same name another end is to be made.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_lock_is_no_session_lock() {
+    let bench = Bench::start().await;
+    let forced = name(&["forced"]);
+    let guard = bench
+        .one
+        .transaction_locks()
+        .try_acquire(&request(&forced, "writer"))
+        .await
+        .unwrap();
+    let locks = bench.other.session_locks();
+    assert_eq!(
+        locks.force_release(&forced, "operator", "stuck").await.unwrap(),
+        []
+    );
+    let terminated = locks.terminate(&forced, "operator", "stuck").await.unwrap();
+    assert_eq!(
+        (terminated.ended.len(), terminated.other_locks),
+        (0, 0),
+        "{terminated:?}"
+    );
+    assert!(!guard.is_lost());
 }

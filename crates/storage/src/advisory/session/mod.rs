@@ -4,6 +4,7 @@ mod bounds;
 mod budget;
 mod chaser;
 mod connection;
+pub(crate) mod force;
 mod table;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -63,7 +64,7 @@ pub struct PgSessionLock {
 }
 
 /// The lock sessions of one process.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Sessions {
     sessions: [Arc<LockSession>; SESSIONS],
 }
@@ -103,7 +104,13 @@ impl Sessions {
             session
         });
         keeper.spawn(end_at_bounds(sessions.clone(), bounds));
-        Self { sessions }
+        let sessions = Self { sessions };
+        keeper.spawn(force::give_up_when_asked(
+            sessions.clone(),
+            holds.clone(),
+            signals.asked_to_release(),
+        ));
+        sessions
     }
 
     /// A key always has the same lock session, so that its unlock comes before its next lock.

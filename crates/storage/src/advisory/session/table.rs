@@ -700,6 +700,16 @@ impl Table {
         Some((held.session, holding))
     }
 
+    /// Everybody who has the server's lock together with this hold.
+    pub(super) fn sharing(&self, key: AdvisoryKey, lock_id: LockId) -> Vec<LockId> {
+        match self.entries.get(&key).map(|entry| &entry.stage) {
+            Some(Stage::Held(held)) if held.holders.iter().any(|holding| holding.lock_id == lock_id) => {
+                held.holders.iter().map(|holding| holding.lock_id).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
     /// Who of this process has it.
     pub(super) fn seen(&self, key: AdvisoryKey) -> Option<Box<HeldLock>> {
         match &self.entries.get(&key)?.stage {

@@ -32,8 +32,8 @@ impl From<EnterError> for Failure {
     fn from(error: EnterError) -> Self {
         match error {
             EnterError::Conflict(conflict) => Self::Refused(conflict.into()),
-            // The tenants were checked where they came in, and the transaction is our own.
-            EnterError::Invalid(invalid) => Self::Refused(Problem::internal(invalid)),
+            // Each tenant was checked where it came in, and the transaction is our own: there are too many of them.
+            EnterError::Invalid(invalid) => Self::Refused(invalid.into()),
             EnterError::Database(error) => Self::Database(error),
         }
     }

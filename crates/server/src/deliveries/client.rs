@@ -47,7 +47,7 @@ pub(crate) struct HttpClient {
 /// Why there is no answer. None of it says more of the network around the service than a stranger could find out.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SendError {
-    #[error("the URL leads to an address that is not public")]
+    #[error("the URL leads to no address that is public")]
     NotPublic,
     #[error("no answer within {0:?}")]
     TooLate(Duration),
@@ -183,7 +183,8 @@ async fn connect(uri: &Uri, allow_private: bool) -> Result<TcpStream, axum::BoxE
         80
     };
     let found = lookup_host((host, uri.port_u16().unwrap_or(default))).await;
-    let found = found.map_err(|_| "the name of the host leads nowhere")?;
+    // A name that is only known inside is not told from one that is not known at all.
+    let found = found.map_err(|_| NotPublic)?;
     let may_connect = |address: &SocketAddr| allow_private || is_public(address.ip());
     let mut failed: axum::BoxError = NotPublic.into();
     for address in found.filter(may_connect) {

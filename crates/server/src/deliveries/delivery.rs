@@ -3,7 +3,8 @@
 //! Whatever answers 2xx has it. What answers otherwise, or not at all, is asked again, later and later; after the last
 //! time, or when it says by 410 that it is gone for good, the event is given up and the webhook is disabled. What is to
 //! go to a webhook that is not there or disabled ends without a word. Work that was given up because instances died
-//! over it disables nothing: that was not the receiver's fault.
+//! over it disables nothing: that was not the receiver's fault. An event whose tenant has enough under way comes again
+//! soon, and that counts as no try.
 
 use std::error::Error;
 
@@ -19,10 +20,11 @@ use crate::deliveries::client::{HttpClient, USER_AGENT};
 use crate::deliveries::event::{Delivery, KIND};
 use crate::deliveries::signature::{LEASEHOLD_SIGNATURE, sign};
 use crate::deliveries::store::{self, Receiver};
+use crate::deliveries::turns::Turns;
 
 /// How many events one instance sends at the same time. Each is claimed by itself: those behind one that takes long
 /// are for others.
-const AT_ONCE: usize = 16;
+const AT_ONCE: usize = 32;
 
 /// Starts to send what is to be sent, under a name that tells who has it.
 pub(super) fn start(db: Database, client: HttpClient, name: &str) -> Result<Worker, Invalid> {
@@ -30,7 +32,12 @@ pub(super) fn start(db: Database, client: HttpClient, name: &str) -> Result<Work
         .with_concurrency(AT_ONCE)
         .with_batch(1);
     let queue = db.work_queue();
-    Worker::start(&queue, options, Sender { db, client }, ())
+    let sender = Sender {
+        db,
+        client,
+        turns: Turns::default(),
+    };
+    Worker::start(&queue, options, sender, ())
 }
 
 /// Sends events.
@@ -38,13 +45,21 @@ pub(super) fn start(db: Database, client: HttpClient, name: &str) -> Result<Work
 struct Sender {
     db: Database,
     client: HttpClient,
+    turns: Turns,
 }
 
 #[async_trait]
 impl Processor for Sender {
     async fn process(&self, claim: &Claim) -> Result<Processed, Box<dyn Error + Send + Sync>> {
+        let turn = match self.turns.take(&claim.scope.tenant) {
+            Ok(turn) => turn,
+            Err(pause) => return Ok(Processed::After(pause)),
+        };
         match self.deliver(claim).await {
-            Ok(()) => Ok(Processed::Done),
+            Ok(()) => {
+                turn.taken();
+                Ok(Processed::Done)
+            }
             Err(Undelivered::ThisTime(why)) => Err(why.into()),
             Err(Undelivered::Ever(why)) => Err(NonRetryable::new(why).into()),
         }
@@ -87,7 +102,7 @@ impl Sender {
             Err(undelivered) => undelivered,
         };
         if matches!(undelivered, Undelivered::Ever(_)) || claim.is_last_attempt() {
-            self.disable(webhook, tenant).await;
+            self.disable(webhook, tenant, &receiver.url).await;
         }
         Err(undelivered)
     }
@@ -117,10 +132,10 @@ impl Sender {
         }
     }
 
-    /// Disables a webhook that could not be told of an event, and says so if it was enabled until now. One of a tenant
-    /// that is being drained is left alone: it is about to go.
-    async fn disable(&self, webhook: Uuid, tenant: &str) {
-        let disable = async |conn: &mut AsyncPgConnection| store::disable(conn, webhook, tenant).await;
+    /// Disables a webhook that could not be told of an event at this URL, and says so if it was enabled until now. One of
+    /// a tenant that is being drained is left alone: it is about to go. So is one that has another URL by now.
+    async fn disable(&self, webhook: Uuid, tenant: &str, url: &str) {
+        let disable = async |conn: &mut AsyncPgConnection| store::disable(conn, webhook, tenant, url).await;
         match self.db.tenant_gate().write(&[tenant], disable).await {
             Ok(true) => {
                 tracing::warn!(%webhook, tenant, "a webhook was disabled: an event could not be delivered");

@@ -51,12 +51,22 @@ pub(super) async fn run(db: Database, written: Arc<Notify>) {
     }
 }
 
-/// Hands on what there is, each tenant in its turn, and answers how many events that were.
+/// Hands on what there is, each tenant in its turn, and answers how many events that were. What goes wrong with one
+/// tenant holds up no other.
 async fn look(db: &Database) -> Result<usize, FanOutError> {
     let tenants = db.read(async |conn| store::tenants(conn).await).await?;
     let mut events = 0;
     for tenant in tenants {
-        events += hand_on(db, &tenant).await?;
+        match hand_on(db, &tenant).await {
+            Ok(handed_on) => events += handed_on,
+            Err(error) => {
+                tracing::warn!(
+                    tenant,
+                    error = &error as &dyn std::error::Error,
+                    "events of a tenant could not be handed on; trying again"
+                );
+            }
+        }
     }
     Ok(events)
 }

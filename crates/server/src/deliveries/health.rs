@@ -51,7 +51,10 @@ impl JobWork for HealthCheck {
                 } else {
                     &mut silent
                 }) += 1;
-                self.record(&webhook, status).await?;
+                if let Err(error) = self.record(&webhook, status).await {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(webhook = %webhook.id, error, "what a webhook answered could not be recorded");
+                }
             }
         }
         tracing::info!(reached, silent, "webhooks were looked at");

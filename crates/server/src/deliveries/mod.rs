@@ -12,6 +12,7 @@ mod health;
 mod signature;
 mod store;
 mod target;
+mod turns;
 
 use std::time::Duration;
 

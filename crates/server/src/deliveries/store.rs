@@ -98,13 +98,20 @@ pub(super) async fn receiver(
 
 const DISABLE: &str = "
     UPDATE webhooks SET enabled = false, updated_at = clock_timestamp()
-    WHERE id = $1 AND tenant_id = $2 AND enabled";
+    WHERE id = $1 AND tenant_id = $2 AND url = $3 AND enabled";
 
-/// Disables a webhook of a tenant. False when it was disabled already, or is not there.
-pub(super) async fn disable(conn: &mut AsyncPgConnection, webhook: Uuid, tenant: &str) -> QueryResult<bool> {
+/// Disables a webhook of a tenant that has this URL. False when it was disabled already, has another URL, or is not
+/// there.
+pub(super) async fn disable(
+    conn: &mut AsyncPgConnection,
+    webhook: Uuid,
+    tenant: &str,
+    url: &str,
+) -> QueryResult<bool> {
     let disable = diesel::sql_query(DISABLE)
         .bind::<SqlUuid, _>(webhook)
-        .bind::<Text, _>(tenant);
+        .bind::<Text, _>(tenant)
+        .bind::<Text, _>(url);
     Ok(Prepared(disable).execute(conn).await? == 1)
 }
 

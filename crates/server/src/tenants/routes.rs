@@ -89,14 +89,17 @@ pub(crate) async fn delete(
     Sent { once, .. }: Sent<NoBody>,
 ) -> Result<Answer, Problem> {
     let id = access.path.tenant.as_str();
+    let timeout = state.settings().purge_wait;
     state
-        .ungated(&once, async |conn| match store::delete(conn, id).await? {
-            Deleted::Done => Ok(Answer::no_content()),
-            Deleted::OwnsSomething => {
-                let detail = "owns something: purge its data first";
-                Err(Problem::invalid([FieldError::new("tenant", detail)]).into())
+        .drained(&once, id, timeout, async |conn, _| {
+            match store::delete(conn, id).await? {
+                Deleted::Done => Ok(Answer::no_content()),
+                Deleted::OwnsSomething => {
+                    let detail = "owns something: purge its data first";
+                    Err(Problem::invalid([FieldError::new("tenant", detail)]).into())
+                }
+                Deleted::NoSuchTenant => Err(no_tenant().into()),
             }
-            Deleted::NoSuchTenant => Err(no_tenant().into()),
         })
         .await
 }

@@ -80,15 +80,22 @@ pub(crate) enum Deleted {
     NoSuchTenant,
 }
 
-// The answers that were kept for its clients mean nothing to those of another tenant of that id.
+// What is still to be told of it, what could not be told, and the answers that were kept for its clients mean nothing to
+// another tenant of that id.
 const DELETE: &str = "
     WITH answers AS (
         DELETE FROM idempotency_keys WHERE tenant_id = $1
+    ), events AS (
+        DELETE FROM leasehold.outbox WHERE tenant_id = $1
+    ), items AS (
+        DELETE FROM leasehold.work_items WHERE tenant_id = $1
+    ), letters AS (
+        DELETE FROM leasehold.dead_letters WHERE tenant_id = $1
     )
     DELETE FROM tenants WHERE id = $1";
 
-/// Deletes a tenant and its keys, if it owns nothing else: the foreign keys of what it owns say no, also to what is
-/// made at the same moment.
+/// Deletes a tenant and its keys, if it owns nothing else: the foreign keys of what it owns say no. The transaction has
+/// the tenant for itself.
 pub(crate) async fn delete(conn: &mut AsyncPgConnection, id: &str) -> QueryResult<Deleted> {
     let delete = diesel::sql_query(DELETE).bind::<Text, _>(id);
     match Prepared(delete).execute(conn).await {

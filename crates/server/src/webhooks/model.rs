@@ -158,6 +158,12 @@ fn check_url(url: &str) -> Vec<FieldError> {
     if !matches!(uri.scheme_str(), Some("http" | "https")) || !has_host {
         return refused("must be an http or https URL with a host");
     }
+    let port = uri
+        .authority()
+        .and_then(|authority| authority.as_str().rsplit_once(':'));
+    if uri.port_u16().is_none() && port.is_some_and(|(_, port)| !port.ends_with(']')) {
+        return refused("must have a port from 0 to 65535, or none");
+    }
     if uri
         .authority()
         .is_some_and(|authority| authority.as_str().contains('@'))

@@ -4,7 +4,7 @@ use axum::Json;
 use axum::extract::State;
 use diesel_async::AsyncPgConnection;
 use leasehold_http::openapi::{IdempotencyKey, ReadProblems, WriteProblems};
-use leasehold_http::{ApiJson, ApiQuery, NoBody, Problem};
+use leasehold_http::{ApiJson, ApiQuery, FieldError, NoBody, Problem};
 use uuid::Uuid;
 
 use crate::answer::Answer;
@@ -19,7 +19,7 @@ use crate::tenants::routes::no_tenant;
 use crate::webhooks::model::{
     CreatedWebhook, NewWebhook, Secret, Webhook, WebhookFilter, WebhookPatch, WebhookPath,
 };
-use crate::webhooks::store::{self, Patched};
+use crate::webhooks::store::{self, MOST_OF_A_TENANT, Made, Patched};
 
 fn no_webhook() -> Problem {
     Problem::not_found("there is no such webhook")
@@ -43,8 +43,14 @@ pub(crate) async fn create(
     let tenant = owner::of_new(&access.caller, new.tenant_id.as_ref())?;
     let secret = Secret::new();
     let make = async |conn: &mut AsyncPgConnection| {
-        let made = store::create(conn, tenant, &new, &secret).await?;
-        let webhook = made.ok_or_else(no_tenant)?;
+        let webhook = match store::create(conn, tenant, &new, &secret).await? {
+            Made::Done(webhook) => *webhook,
+            Made::NoSuchTenant => return Err(no_tenant().into()),
+            Made::TooMany => {
+                let detail = format!("has {MOST_OF_A_TENANT} webhooks already: delete one first");
+                return Err(Problem::invalid([FieldError::new("tenant_id", detail)]).into());
+            }
+        };
         let created = CreatedWebhook {
             webhook: webhook.clone(),
             secret: secret.clone(),

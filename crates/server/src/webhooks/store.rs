@@ -58,26 +58,41 @@ macro_rules! columns {
 const CREATE: &str = concat!(
     "INSERT INTO webhooks (id, tenant_id, url, enabled, secret, created_at, updated_at)
      SELECT $1, $2, $3, $4, $5, now, now FROM clock_timestamp() AS now
+     WHERE (SELECT count(*) FROM webhooks WHERE tenant_id = $2) < $6
      RETURNING ",
     columns!()
 );
 
-/// Makes a webhook; `None` when there is no such tenant.
+/// How many webhooks a tenant may have: each event is handed on to all of them in one transaction. Some that are made at
+/// the same moment may be more.
+pub(crate) const MOST_OF_A_TENANT: i64 = 100;
+
+/// What became of a webhook that was to be made.
+#[derive(Debug)]
+pub(crate) enum Made {
+    Done(Box<Webhook>),
+    NoSuchTenant,
+    TooMany,
+}
+
+/// Makes a webhook.
 pub(crate) async fn create(
     conn: &mut AsyncPgConnection,
     tenant: &str,
     new: &NewWebhook,
     secret: &Secret,
-) -> QueryResult<Option<Webhook>> {
+) -> QueryResult<Made> {
     let create = diesel::sql_query(CREATE)
         .bind::<SqlUuid, _>(Uuid::now_v7())
         .bind::<Text, _>(tenant)
         .bind::<Text, _>(&new.url)
         .bind::<Bool, _>(new.enabled)
-        .bind::<Text, _>(secret.as_str());
-    match Prepared(create).get_result::<WebhookRow>(conn).await {
-        Ok(row) => Ok(Some(row.into())),
-        Err(Error::DatabaseError(DatabaseErrorKind::ForeignKeyViolation, _)) => Ok(None),
+        .bind::<Text, _>(secret.as_str())
+        .bind::<BigInt, _>(MOST_OF_A_TENANT);
+    match Prepared(create).get_result::<WebhookRow>(conn).await.optional() {
+        Ok(Some(row)) => Ok(Made::Done(Box::new(row.into()))),
+        Ok(None) => Ok(Made::TooMany),
+        Err(Error::DatabaseError(DatabaseErrorKind::ForeignKeyViolation, _)) => Ok(Made::NoSuchTenant),
         Err(error) => Err(error),
     }
 }

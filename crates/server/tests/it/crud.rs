@@ -55,7 +55,22 @@ async fn tenants(api: Api) {
         .await
         .problem(422, "invalid_request");
     assert_eq!(refused["errors"][0]["field"], "tenant");
+    // What is still to be told of it, and what could not be told, goes with it.
+    let leftovers = "
+        INSERT INTO leasehold.outbox (tenant_id, type, data) VALUES ('zeta', 'test', '{}');
+        INSERT INTO leasehold.work_items
+            (tenant_id, kind, scope_type, scope_id, priority, event_at, max_attempts)
+        VALUES ('zeta', 'test', 'test', 'test', 100, clock_timestamp(), 10);
+        INSERT INTO leasehold.dead_letters
+            (tenant_id, kind, scope_type, scope_id, priority, event_at, max_attempts, attempt_count, last_error)
+        VALUES ('zeta', 'test', 'test', 'test', 100, clock_timestamp(), 10, 10, 'error')";
+    let client = api.client().await;
+    client.batch_execute(leftovers).await.unwrap();
     api.delete("/v1/tenants/zeta").await.is(204);
+    let left = "SELECT (SELECT count(*) FROM leasehold.outbox WHERE tenant_id = 'zeta')
+                     + (SELECT count(*) FROM leasehold.work_items WHERE tenant_id = 'zeta')
+                     + (SELECT count(*) FROM leasehold.dead_letters WHERE tenant_id = 'zeta')";
+    assert_eq!(client.query_one(left, &[]).await.unwrap().get::<_, i64>(0), 0);
     api.get("/v1/tenants/zeta").await.problem(404, "not_found");
     api.delete("/v1/tenants/zeta").await.problem(404, "not_found");
 }

@@ -215,10 +215,7 @@ async fn private_targets_are_refused_by_default() {
     webhook(&api, "acme", &receiver.url()).await;
     write(&api, "acme").await;
     let item = waits_after(&api, "acme", 1).await;
-    assert_eq!(
-        item["last_error"],
-        "the URL leads to an address that is not public"
-    );
+    assert_eq!(item["last_error"], "the URL leads to no address that is public");
     assert!(receiver.received().is_empty());
 }
 
@@ -299,6 +296,52 @@ async fn events_of_a_tenant_that_is_drained_stay_and_hold_nobody_up() {
     drain.commit().await.unwrap();
     eventually("its turn has come", async || receiver.received().len() == 1).await;
     assert_eq!(receiver.received()[0].json()["type"], "test");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receiver_that_says_nothing_holds_up_its_tenant_alone() {
+    let (api, _deliveries) = start().await;
+    let (silent, good) = (Receiver::start().await, Receiver::start().await);
+    silent.hold_back();
+    webhook(&api, "acme", &silent.url()).await;
+    webhook(&api, "other", &good.url()).await;
+    // More than there are places for all tenants.
+    api.client()
+        .await
+        .batch_execute(
+            "INSERT INTO leasehold.outbox (tenant_id, type, data) SELECT 'acme', 'test', '{}' FROM generate_series(1, 60)",
+        )
+        .await
+        .unwrap();
+    eventually("some are under way", async || silent.received().len() == 4).await;
+    eventually("all are handed on", async || events(&api).await == 0).await;
+    write(&api, "other").await;
+    eventually("it has arrived", async || good.received().len() == 1).await;
+    assert_eq!(silent.received().len(), 4);
+    // None of those that came too early has used up a try.
+    for item in items(&api, "acme").await {
+        let attempts = item["attempt_count"].as_i64().unwrap();
+        assert!(attempts <= 1 && item["last_error"].is_null(), "{item}");
+    }
+    silent.let_go();
+    eventually("all have arrived", async || silent.received().len() >= 60).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_webhook_that_was_repaired_meanwhile_stays_enabled() {
+    let (api, _deliveries) = start().await;
+    let (gone, good) = (Receiver::start().await, Receiver::start().await);
+    gone.answers(410);
+    gone.hold_back();
+    let webhook = webhook(&api, "acme", &gone.url()).await;
+    write(&api, "acme").await;
+    eventually("it is being sent", async || gone.received().len() == 1).await;
+    api.patch(&webhook.path, json!({"url": good.url()})).await.is(200);
+    gone.let_go();
+    eventually("it is given up", async || dead(&api, "acme").await.len() == 1).await;
+    assert_eq!(api.get(&webhook.path).await.is(200)["enabled"], true);
+    write(&api, "acme").await;
+    eventually("the next has arrived", async || good.received().len() == 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

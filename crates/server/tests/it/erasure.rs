@@ -198,6 +198,23 @@ async fn an_erasure_that_is_sent_again_is_done_once() {
     assert_eq!(left(&api, "alice").await, 1, "what came after the first stays");
 }
 
+/// What one transaction cannot do is told, and can be done in parts.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_of_too_many_tenants_is_erased_tenant_by_tenant() {
+    let api = start().await;
+    let many = "
+        INSERT INTO tenants (id) SELECT 'many-' || n FROM generate_series(1, 1000) AS n;
+        INSERT INTO feedback_records (id, tenant_id, user_id, value, created_at, updated_at)
+        SELECT gen_random_uuid(), 'many-' || n, 'alice', '1', now(), now() FROM generate_series(1, 1000) AS n";
+    api.client().await.batch_execute(many).await.unwrap();
+    let problem = api.delete(ERASE).await.problem(422, "invalid_request");
+    assert_eq!(problem["errors"][0]["field"], "tenants");
+    for tenant in TENANTS {
+        api.delete(&format!("{ERASE}&tenant_id={tenant}")).await.is(200);
+    }
+    assert_eq!(api.delete(ERASE).await.is(200)["deleted"], 1000);
+}
+
 /// An answer that is kept to be given again tells nothing more of the user, and the write is still not done again.
 #[tokio::test(flavor = "multi_thread")]
 async fn kept_answers_forget_the_user() {
@@ -206,7 +223,8 @@ async fn kept_answers_forget_the_user() {
         let record = json!({"tenant_id": "acme", "user_id": user, "field_id": "nps", "value": "a secret"});
         let headers = [("idempotency-key", user)];
         let body = Some(record.to_string());
-        api.send(Method::POST, "/v1/feedback-records", &headers, body).await
+        api.send(Method::POST, "/v1/feedback-records", &headers, body)
+            .await
     };
     let (alice, bob) = (post("alice").await.is(201), post("bob").await.is(201));
     api.delete(ERASE).await.is(200);

@@ -138,6 +138,8 @@ async fn what_cannot_be_a_webhook() {
         "ftp://example.com",
         "https://",
         "file:///etc/passwd",
+        "https://example.com:99999/",
+        "https://example.com:/",
         &long,
     ] {
         let problem = api
@@ -178,6 +180,24 @@ async fn what_cannot_be_a_webhook() {
     api.post(WEBHOOKS, json!({"tenant_id": "none", "url": URL}))
         .await
         .problem(404, "not_found");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_has_a_hundred_at_most() {
+    let api = start().await;
+    let fill = "INSERT INTO webhooks (id, tenant_id, url, enabled, secret, created_at, updated_at)
+                SELECT gen_random_uuid(), 'acme', 'https://example.com', true, 'secret', now(), now()
+                FROM generate_series(1, 99)";
+    api.client().await.batch_execute(fill).await.unwrap();
+    let last = make(&api, "acme").await;
+    let problem = api
+        .post(WEBHOOKS, json!({"tenant_id": "acme", "url": URL}))
+        .await
+        .problem(422, "invalid_request");
+    assert_eq!(problem["errors"][0]["field"], "tenant_id");
+    make(&api, "other").await;
+    api.delete(&last).await.is(204);
+    make(&api, "acme").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

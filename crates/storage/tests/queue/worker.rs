@@ -483,6 +483,18 @@ async fn snoozed_work_comes_again_uncounted() {
 }
 
 /// A processor that panics has failed, and takes nobody with it.
+/// An error that panics when it is to tell itself.
+#[derive(Debug)]
+struct Untellable;
+
+impl std::fmt::Display for Untellable {
+    fn fmt(&self, _: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        panic!("no words")
+    }
+}
+
+impl std::error::Error for Untellable {}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_panic_is_a_failure() {
     let bench = Bench::start().await;
@@ -491,17 +503,22 @@ async fn a_panic_is_a_failure() {
         if claim.scope.scope_id == "2" && claim.attempt == 1 {
             panic!("oh no");
         }
+        if claim.scope.scope_id == "3" && claim.attempt == 1 {
+            return Err(Untellable.into());
+        }
         Ok(Processed::Done)
     });
     let options = options()
         .with_concurrency(1)
         .with_backoff(Duration::ZERO, Duration::ZERO);
     let (worker, mut heard) = start(&bench, options, processor);
-    let failed = heard.next("retried", |event| match event {
-        Event::Retried(id, attempt, error, _) => Some((id, attempt, error)),
-        _ => None,
-    });
-    assert_eq!(failed.await, ("2".to_owned(), 1, "panicked: oh no".to_owned()));
+    for (id, text) in [("2", "panicked: oh no"), ("3", "panicked: no words")] {
+        let failed = heard.next("retried", |event| match event {
+            Event::Retried(id, attempt, error, _) => Some((id, attempt, error)),
+            _ => None,
+        });
+        assert_eq!(failed.await, (id.to_owned(), 1, text.to_owned()));
+    }
     eventually("all are done", async || bench.is_empty().await).await;
     worker.stop(LONG).await;
 }

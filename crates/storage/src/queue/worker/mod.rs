@@ -360,7 +360,14 @@ impl Shared {
             kind: &claim.scope.kind,
             start: Instant::now(),
         };
-        let processed = AssertUnwindSafe(self.processor.process(claim)).catch_unwind();
+        // In a future of ours: a processor may panic before it has made its own, and an error while it tells itself.
+        let processed = async {
+            match self.processor.process(claim).await {
+                Ok(processed) => Ok(processed),
+                Err(error) => Err((chain(&*error), NonRetryable::is_in(&*error))),
+            }
+        };
+        let processed = AssertUnwindSafe(processed).catch_unwind();
         let result = tokio::select! {
             biased;
             result = processed => result,
@@ -371,7 +378,7 @@ impl Shared {
             Ok(Ok(Processed::Done)) => return Verdict::Complete,
             Ok(Ok(Processed::Settled)) => return Verdict::Settled,
             Ok(Ok(Processed::After(after))) => return Verdict::PutOff(after.min(MAX_DELAY)),
-            Ok(Err(error)) => (chain(&*error), NonRetryable::is_in(&*error)),
+            Ok(Err(error)) => error,
             Err(panic) => {
                 let text = panic
                     .downcast_ref::<&str>()

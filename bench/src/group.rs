@@ -6,9 +6,6 @@ use std::time::Duration;
 use crate::Result;
 use crate::measure::{Lane, Sample};
 
-/// Before the first round, so that connections, caches and prepared statements are there.
-const WARM_UP: Duration = Duration::from_millis(200);
-
 /// Lanes that do the same thing in different ways.
 pub(crate) struct Group {
     title: String,
@@ -39,7 +36,7 @@ impl Group {
     /// Runs all rounds and answers the table.
     pub(crate) async fn measure(&mut self, window: Duration, rounds: u64) -> Result<String> {
         for lane in &mut self.lanes {
-            lane.run(WARM_UP).await?;
+            lane.warm_up().await?;
         }
         let mut samples: Vec<Vec<Sample>> = self.lanes.iter().map(|_| Vec::new()).collect();
         for round in 0..rounds as usize {

@@ -6,6 +6,7 @@
 #![allow(clippy::print_stdout, reason = "its whole purpose is to print")]
 
 mod capture;
+mod daemon;
 mod database;
 mod group;
 mod lanes;
@@ -15,6 +16,7 @@ mod options;
 mod pgbench;
 mod raw;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -25,6 +27,9 @@ use crate::group::Group;
 use crate::options::Options;
 use crate::pgbench::Pgbench;
 
+/// Names the program of `bench/peer`.
+const PEER: &str = "LEASEHOLD_BENCH_PEER";
+
 /// Whatever goes wrong ends the run.
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T = ()> = std::result::Result<T, Error>;
@@ -34,6 +39,8 @@ struct Bench {
     options: Options,
     server: Server,
     pgbench: Option<Pgbench>,
+    /// The program of the other queue.
+    peer: Option<PathBuf>,
 }
 
 #[tokio::main]
@@ -64,6 +71,7 @@ async fn run(options: Options) -> Result {
         options,
         server,
         pgbench,
+        peer: std::env::var_os(PEER).map(PathBuf::from),
     };
     lanes::run(&bench).await?;
     println!("\n{:.0} s in all", start.elapsed().as_secs_f64());

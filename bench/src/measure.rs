@@ -7,6 +7,8 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::Result;
 
+const WARM_UP: Duration = Duration::from_millis(200);
+
 /// What a lane did in one turn.
 #[derive(Clone, Debug)]
 pub(crate) struct Sample {
@@ -22,6 +24,11 @@ pub(crate) struct Sample {
 #[async_trait]
 pub(crate) trait Lane: Send {
     fn name(&self) -> &str;
+
+    /// Makes connections, caches and prepared statements be there before the first round.
+    async fn warm_up(&mut self) -> Result {
+        self.run(WARM_UP).await.map(drop)
+    }
 
     /// Runs for about `window`, all clients at once.
     async fn run(&mut self, window: Duration) -> Result<Sample>;
@@ -92,7 +99,7 @@ async fn work<C: Client>(mut client: C, deadline: Instant) -> Result<(C, Vec<Dur
 }
 
 /// Of all threads of this process, since its start.
-fn cpu_time() -> Duration {
+pub(crate) fn cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(
         u64::try_from(time.tv_sec).unwrap_or(0),
@@ -100,7 +107,7 @@ fn cpu_time() -> Duration {
     )
 }
 
-fn percentile(sorted: &[Duration], fraction: f64) -> Option<Duration> {
+pub(crate) fn percentile(sorted: &[Duration], fraction: f64) -> Option<Duration> {
     let index = (sorted.len() as f64 * fraction) as usize;
     sorted.get(index.min(sorted.len().saturating_sub(1))).copied()
 }

@@ -31,7 +31,7 @@ use leasehold_storage::{Database, Prepared, TenantGate};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
-use tokio_postgres::types::Json as SqlJson;
+use tokio_postgres::types::{Json as SqlJson, Type};
 use tokio_postgres::{Client as Connection, Statement};
 use tower_http::catch_panic::CatchPanicLayer;
 use uuid::Uuid;
@@ -43,10 +43,10 @@ use crate::lanes::pairs::BEGIN;
 use crate::measure::{Client, Clients, Lane, Sample};
 use crate::{Bench, Error, Result, pgbench};
 
-const KEY: &str = "lh_0000000000000000000000000000000000000000000000000000000000000000";
-const TENANT: &str = "bench";
+pub(super) const KEY: &str = "lh_0000000000000000000000000000000000000000000000000000000000000000";
+pub(super) const TENANT: &str = "bench";
 /// As a service has it that nobody tuned.
-const POOL: u32 = 8;
+pub(super) const POOL: u32 = 8;
 
 const ROWS: &str = "
     INSERT INTO tenants (id) VALUES ('bench');
@@ -54,9 +54,12 @@ const ROWS: &str = "
     SELECT 'bench', kind || '-' || number
     FROM unnest('{lease,advisory,plain,raw,raw-plain,pgbench,captured}'::text[]) AS kind, generate_series(0, 63) AS number;";
 
+/// Of the statement that makes a version: Postgres cannot tell them all from its text.
+const RECORD_TYPES: [Type; 5] = [Type::TEXT, Type::TEXT, Type::TEXT, Type::TEXT, Type::BOOL];
+
 /// A service that listens, until it is dropped.
-struct Service {
-    address: SocketAddr,
+pub(super) struct Service {
+    pub(super) address: SocketAddr,
     task: JoinHandle<()>,
 }
 
@@ -67,7 +70,7 @@ impl Drop for Service {
 }
 
 impl Service {
-    async fn start(router: Router) -> Result<Self> {
+    pub(super) async fn start(router: Router) -> Result<Self> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address = listener.local_addr()?;
         let task = tokio::spawn(async move {
@@ -79,7 +82,7 @@ impl Service {
     }
 }
 
-fn state(db: Database, lock_mode: WorkspaceLockMode) -> Result<AppState> {
+pub(super) fn state(db: Database, lock_mode: WorkspaceLockMode) -> Result<AppState> {
     let seconds = Duration::from_secs;
     let settings = Settings {
         lock_mode,
@@ -198,21 +201,26 @@ impl Caller {
     }
 
     async fn new(address: SocketAddr, method: Method, path: String, body: &Value) -> Result<Self> {
-        let stream = TcpStream::connect(address).await?;
-        stream.set_nodelay(true)?;
-        let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                eprintln!("a client's connection ended: {}", Error::from(error));
-            }
-        });
         Ok(Self {
-            sender,
+            sender: connect(address).await?,
             method,
             path,
             body: body.to_string().into(),
         })
     }
+}
+
+/// A connection of one client.
+pub(super) async fn connect(address: SocketAddr) -> Result<SendRequest<Full<Bytes>>> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            eprintln!("a client's connection ended: {}", Error::from(error));
+        }
+    });
+    Ok(sender)
 }
 
 fn value() -> Value {
@@ -254,7 +262,7 @@ async fn callers(
 }
 
 /// A database of the service, and what it knows of the key that all use.
-async fn set_up(bench: &Bench) -> Result<(BenchDatabase, Vec<u8>)> {
+pub(super) async fn set_up(bench: &Bench) -> Result<(BenchDatabase, Vec<u8>)> {
     let database = bench
         .server
         .create_with("leasehold_bench_http", &schema::migrations())
@@ -313,7 +321,7 @@ pub(crate) async fn guarded_put(bench: &Bench, clients: u32) -> Result {
                 acquire: client.prepare(&sent.acquire).await?,
                 enter: client.prepare(&sent.enter).await?,
                 put: client.prepare(&sent.put).await?,
-                record: client.prepare(&sent.record).await?,
+                record: client.prepare_typed(&sent.record, &RECORD_TYPES).await?,
                 fence: client.prepare(&sent.fence).await?,
                 client,
                 hash: hash.clone(),

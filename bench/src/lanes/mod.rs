@@ -4,7 +4,9 @@ mod gate;
 mod growth;
 mod handoff;
 mod http;
+mod http_lock;
 mod pairs;
+mod queue;
 mod write;
 
 use leasehold_domain::{Holder, LockName, LockRequest};
@@ -41,6 +43,11 @@ pub(crate) async fn run(bench: &Bench) -> Result {
         http::guarded_put(bench, clients).await?;
     }
     handoff::one_name(bench, &database).await?;
+    for clients in [2, 8, 32] {
+        http_lock::one_name(bench, clients).await?;
+    }
+    queue::no_op(bench, &database).await?;
+    queue::growth(bench).await?;
     growth::rows(bench).await?;
     growth::renewal(bench).await
 }

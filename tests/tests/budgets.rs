@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use leasehold_domain::{AcquireError, DistributedLock, Durability, LockGuard};
+use leasehold_domain::{
+    AcquireError, ClaimRequest, DistributedLock, Durability, LockGuard, NewWork, Scope, WorkQueue,
+};
 use leasehold_storage::{Database, RowLeaseTable};
 use leasehold_system_tests::database::TestDatabase;
 use leasehold_system_tests::http::{Api, Call, post};
@@ -437,4 +439,35 @@ async fn heavy_a_guarded_write_is_one_durable_commit() {
             .unwrap();
     };
     assert_commits(&server, "a write that fails", 0, nothing).await;
+}
+
+/// The claim needs no disk of its own; a dead letter that was told must be there.
+#[tokio::test(flavor = "multi_thread")]
+async fn heavy_a_work_item_is_two_durable_commits() {
+    let server = tokio::task::spawn_blocking(DurableServer::start).await.unwrap();
+    let request = ClaimRequest::new(["work"], "test").with_lease(Duration::from_millis(100));
+    let enqueue = async |process: &Database, attempts| {
+        let item = NewWork::new(Scope::new("acme", "work", "item", "one")).with_max_attempts(attempts);
+        process.work_queue().enqueue(&item).await.unwrap();
+    };
+    let processed = async |process: &Database, _| {
+        enqueue(process, 10).await;
+        let claims = process.work_queue().claim(&request).await.unwrap().claims;
+        process.work_queue().complete(&[claims[0].key]).await.unwrap();
+    };
+    assert_commits(&server, "enqueue, claim and complete", 2, processed).await;
+    let given_up = async |process: &Database, _| {
+        enqueue(process, 1).await;
+        assert_eq!(
+            process.work_queue().claim(&request).await.unwrap().claims.len(),
+            1
+        );
+        eventually("the claim has expired", async || {
+            let claimed = process.work_queue().claim(&request).await.unwrap();
+            assert!(claimed.claims.is_empty());
+            claimed.dead.len() == 1
+        })
+        .await;
+    };
+    assert_commits(&server, "enqueue, claim and a claim that gives up", 2, given_up).await;
 }

@@ -16,10 +16,18 @@ ON CONFLICT ON CONSTRAINT work_items_one_a_scope DO UPDATE
 SET generation = w.generation + 1, payload = excluded.payload, max_attempts = excluded.max_attempts,
     priority = least(w.priority, excluded.priority), event_at = greatest(w.event_at, excluded.event_at)";
 
+/// A claim does not wait for the disk: one that a crash of the server forgets is only made again, as one that has expired
+/// is, and what its holder still sends finds it gone. The end of a claim is durable, and so is all that was logged before
+/// it. A dead letter that was told is there.
 pub(crate) const CLAIM: &str = "\
+WITH found AS MATERIALIZED (
+    SELECT * FROM leasehold.claim_work($1, $2, $3, $4)
+), relaxed AS MATERIALIZED (
+    SELECT set_config('synchronous_commit', 'off', true) WHERE NOT EXISTS (SELECT FROM found WHERE token IS NULL)
+)
 SELECT id, token, tenant_id, kind, scope_type, scope_id, payload, priority, event_at, max_attempts, attempt_count,
        last_error, at, ends_at
-FROM leasehold.claim_work($1, $2, $3, $4)";
+FROM found LEFT JOIN relaxed ON true";
 
 /// When the next item of these kinds may be claimed that cannot be now, as microseconds from now. For those who have
 /// nothing to do.

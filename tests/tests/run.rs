@@ -516,38 +516,25 @@ async fn a_run_that_is_killed_frees_the_lock_within_its_ttl() {
 #[tokio::test(flavor = "multi_thread")]
 async fn locks_are_listed_shown_and_taken_away() {
     let world = world().await;
-    let locks = |arguments: &[&str]| {
-        let mut command = command(Some(world.database.url()));
-        command
-            .arg("locks")
-            .args(arguments)
-            .env("USER", "bob")
-            .env("RUST_LOG", "warn");
-        command
+    let locks = |arguments: &[&str]| locks(&world, arguments);
+    let json_of = async |arguments: &[&str]| json_of(&world, arguments).await;
+    // The service itself has locks as well.
+    let leases = async || -> Vec<Value> {
+        let Value::Array(mut items) = json_of(&["list", "--json"]).await else {
+            panic!("a list");
+        };
+        items.retain(|item| item["backend"] != "session" && item["backend"] != "transaction");
+        items
     };
-    let json_of = async |arguments: &[&str]| -> Value {
-        let output = output(locks(arguments)).await;
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        serde_json::from_slice(&output.stdout).unwrap()
-    };
-    assert_eq!(json_of(&["list", "--json"]).await, json!([]));
+    assert_eq!(leases().await, [] as [Value; 0]);
 
     let held = world.hold().await;
     let granted = acquire(&world, &json!({"ttl_ms": 60_000, "operation": "deploy"})).await;
     let granted = granted.expect(200).json();
     let mut running = Running::start(&world, &["--name", "other"], "exec sleep 1000").await;
 
-    let listed = json_of(&["list", "--json"]).await;
-    let names: Vec<&str> = listed
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|item| item["name"].as_str().unwrap())
-        .collect();
+    let listed = leases().await;
+    let names: Vec<&str> = listed.iter().map(|item| item["name"].as_str().unwrap()).collect();
     assert_eq!(
         names,
         ["workspace/acme/main", "lock/acme/deploy/prod", "lock/acme/other"]
@@ -563,13 +550,13 @@ async fn locks_are_listed_shown_and_taken_away() {
         "fencing_token",
         "waiters",
     ];
-    for item in listed.as_array().unwrap() {
+    for item in &listed {
         assert!(members.iter().all(|member| item.get(member).is_some()), "{item}");
     }
     assert_eq!(json_of(&["list", "--json", "--tenant", "none"]).await, json!([]));
-    let text = String::from_utf8(output(locks(&["list"])).await.stdout).unwrap();
+    let text = String::from_utf8(output(locks(&["list", "--tenant", "acme"])).await.stdout).unwrap();
     assert!(
-        text.lines().count() == 3 && text.contains("tester  deploy"),
+        text.lines().count() == 4 && text.starts_with("name ") && text.contains("tester (deploy)"),
         "{text}"
     );
 
@@ -596,6 +583,158 @@ async fn locks_are_listed_shown_and_taken_away() {
     running.signal(Signal::TERM);
     running.ended().await;
     held.go_on().await.expect(200);
+}
+
+/// `leasehold locks` with these arguments.
+fn locks(world: &World, arguments: &[&str]) -> Command {
+    let mut command = command(Some(world.database.url()));
+    command
+        .arg("locks")
+        .args(arguments)
+        .env("USER", "bob")
+        .env("RUST_LOG", "warn");
+    command
+}
+
+async fn json_of(world: &World, arguments: &[&str]) -> Value {
+    let output = output(locks(world, arguments)).await;
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn locks_of_every_kind_are_listed_with_those_who_wait() {
+    let world = world().await;
+    let (second, second_api) = world.another(|service| service).await;
+    let connect = async || Database::connect(world.database.options(), 4).await.unwrap();
+    let (one, other) = (connect().await, connect().await);
+    let request = |part: &str, owner: &str| {
+        let name = LockName::new(["nightly", part]).unwrap();
+        LockRequest::new(name, Holder::new(owner, "report"))
+    };
+    let (sessions, transactions) = (one.session_locks(), one.transaction_locks());
+    let session = sessions.try_acquire(&request("session", "alice")).await.unwrap();
+    let kept = sessions.try_acquire(&request("kept", "alice")).await.unwrap();
+    let transaction = transactions
+        .try_acquire(&request("transaction", "alice"))
+        .await
+        .unwrap();
+    let granted = acquire(&world, &json!({"ttl_ms": 600_000, "operation": "deploy"})).await;
+    granted.expect(200);
+    let held = world.hold().await;
+
+    let mut waits = Vec::new();
+    for part in ["session", "transaction"] {
+        let (other, request) = (other.clone(), request(part, "carol"));
+        waits.push(tokio::spawn(async move {
+            let guard = match request.name().parts().nth(1) {
+                Some("session") => other.session_locks().acquire(&request, PATIENCE).await,
+                _ => other.transaction_locks().acquire(&request, PATIENCE).await,
+            };
+            drop(guard.unwrap());
+        }));
+    }
+    let body = json!({"ttl_ms": 1_000, "wait_ms": 25_000});
+    let mut calls = vec![(
+        world.api.clone(),
+        crate::world::put_key("a", 1).header("prefer", "wait=25"),
+    )];
+    for api in [&world.api, &second_api] {
+        calls.push((api.clone(), post(format!("{LOCK}/acquire"), &body)));
+    }
+    for (api, call) in calls {
+        waits.push(tokio::spawn(async move {
+            drop(api.try_send(call).await);
+        }));
+    }
+
+    let wanted = [
+        ("nightly/session", "session", "alice", 1),
+        ("nightly/transaction", "transaction", "alice", 1),
+        ("lock/acme/deploy/prod", "lease", "tester", 2),
+        ("workspace/acme/main", "row_lease", "tester", 1),
+    ];
+    let mut listed = Value::Null;
+    eventually("all are listed, and who waits for them", async || {
+        listed = json_of(&world, &["list", "--json"]).await;
+        wanted.iter().all(|(name, _, _, waiters)| {
+            let items = listed.as_array().unwrap();
+            let of_it = |item: &&Value| item["name"] == *name && item["holder"].is_object();
+            items
+                .iter()
+                .find(of_it)
+                .is_some_and(|item| item["waiters"] == *waiters)
+        })
+    })
+    .await;
+    for (name, backend, owner, _) in wanted {
+        let items = listed.as_array().unwrap();
+        let item = items.iter().find(|item| item["name"] == name).unwrap();
+        assert_eq!(item["backend"], backend, "{item}");
+        assert_eq!(item["mode"], "exclusive", "{item}");
+        assert_eq!(item["holder"]["owner"], owner, "{item}");
+        assert!(
+            item["acquired_at"].is_string() && item["lock_id"].is_string(),
+            "{item}"
+        );
+        let is_lease = backend.ends_with("lease");
+        assert_eq!(item["expires_at"].is_string(), is_lease, "{item}");
+        assert_eq!(item["session"].is_object(), !is_lease, "{item}");
+    }
+    let text = String::from_utf8(output(locks(&world, &["list"])).await.stdout).unwrap();
+    let line = |name: &str| text.lines().find(|line| line.starts_with(name)).unwrap();
+    assert!(line("nightly/session").contains("alice (report)"), "{text}");
+    assert!(line("workspace/acme/main").contains("  in "), "{text}");
+    // A client is told of its tenant's locks alone, and of all who wait for them.
+    for api in [&world.api, &second_api] {
+        let page = api.send(get("/v1/tenants/acme/locks")).await.expect(200).json();
+        assert_eq!(page["items"].as_array().unwrap().len(), 1, "{page}");
+        assert_eq!(page["items"][0]["waiters"], 2, "{page}");
+    }
+
+    let ended = json_of(
+        &world,
+        &["release", "nightly/session", "--reason", "stuck", "--json"],
+    )
+    .await;
+    assert_eq!(ended["lock_id"], session.lock_id().to_string());
+    in_time("the guard is lost", session.lost()).await;
+    assert!(
+        !kept.is_lost(),
+        "of the same process, and perhaps the same session"
+    );
+    let audit = "SELECT locked_by, released_by, reason FROM leasehold.lock_audit";
+    let row = world.client.query_one(audit, &[]).await.unwrap();
+    assert_eq!((row.get::<_, &str>(0), row.get::<_, &str>(2)), ("alice", "stuck"));
+    assert!(row.get::<_, &str>(1).starts_with("bob@"));
+    in_time("the next one has it", waits.remove(0)).await.unwrap();
+
+    eventually("the other lock is told", async || {
+        code(locks(&world, &["show", "nightly/kept"])).await.0 == Some(0)
+    })
+    .await;
+    let release = ["release", "nightly/kept", "--reason", "stuck", "--terminate"];
+    let (status, text) = code(locks(&world, &release)).await;
+    assert_eq!(status, Some(0), "{text}");
+    assert!(text.contains("sessions that ended with it: 0"), "{text}");
+    in_time("the guard is lost", kept.lost()).await;
+    let (status, text) = code(locks(
+        &world,
+        &["release", "nightly/transaction", "--reason", "stuck"],
+    ))
+    .await;
+    assert_eq!(status, Some(0), "{text}");
+    in_time("the guard is lost", transaction.lost()).await;
+
+    held.go_on().await.expect(200);
+    for wait in waits {
+        wait.abort();
+    }
+    drop(second);
 }
 
 /// Reads `n token` lines, which must be in the order of both.

@@ -2,4 +2,3 @@
 
 pub mod model;
 pub(crate) mod routes;
-pub(crate) mod store;

@@ -237,9 +237,8 @@ pub struct LockItem {
     /// The fencing token of the acquisition.
     #[schema(required)]
     pub fencing_token: Option<i64>,
-    /// How many requests wait for it in the process that was asked.
-    #[schema(required)]
-    pub waiters: Option<usize>,
+    /// How many wait for it: those in other processes are counted once they have waited for a moment.
+    pub waiters: usize,
 }
 
 /// Who holds a lock, and why.
@@ -270,7 +269,7 @@ impl From<&Holder> for HolderView {
 }
 
 impl LockItem {
-    pub(crate) fn of(name: String, held: &HeldLock, waiters: Option<usize>) -> Self {
+    pub(crate) fn of(name: String, held: &HeldLock, waiters: usize) -> Self {
         Self {
             name,
             mode: held.mode,

@@ -11,7 +11,8 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::http::request::Parts;
 use leasehold_domain::{
-    AcquireError, DistributedLock, Durability, ExtendError, HeldLock, Holder, LockId, LockRequest, Released,
+    AcquireError, DistributedLock, Durability, ExtendError, HeldLock, Holder, LockId, LockName, LockRequest,
+    Released,
 };
 use leasehold_http::openapi::{ReadProblems, WaitPreference, WriteProblems};
 use leasehold_http::{ApiJson, ApiQuery, LockScope, Problem, operation, preferred_wait};
@@ -28,6 +29,18 @@ use crate::workspaces::model::ForceQuery;
 
 fn not_held() -> Problem {
     Problem::not_found("nobody holds the lock")
+}
+
+/// How many wait for each of some locks, in this process and in others.
+async fn waiters<'a>(
+    state: &AppState,
+    names: impl IntoIterator<Item = &'a LockName>,
+) -> Result<impl Fn(&LockName) -> usize, Problem> {
+    let elsewhere = state.db().waiting_elsewhere(names).await?;
+    Ok(move |name: &LockName| {
+        let here = state.leases().waiting_for(name);
+        here + elsewhere.get(name).copied().unwrap_or_default()
+    })
 }
 
 /// List the locks of a tenant
@@ -55,14 +68,14 @@ pub(crate) async fn list(
             name: last.name.clone(),
         })
     });
+    let waiters = waiters(&state, page.iter().map(|lock| &lock.name)).await?;
     let item = |lock: &HeldLock| {
         let mut parts = lock.name.parts().skip(2);
         // A program may have locks with more parts under the same first ones: they are none of these.
         let (Some(name), None) = (parts.next(), parts.next()) else {
             return None;
         };
-        let waiters = Some(state.leases().waiting_for(&lock.name));
-        Some(LockItem::of(name.to_owned(), lock, waiters))
+        Some(LockItem::of(name.to_owned(), lock, waiters(&lock.name)))
     };
     let items = page.iter().filter_map(item).collect();
     Ok(Json(LockPage { items, next_cursor }))
@@ -83,7 +96,7 @@ pub(crate) async fn get(
     let LockPath { tenant, name } = &access.path;
     let full = lock_name(tenant.as_str(), name.as_str())?;
     let held = state.leases().inspect(&full).await?.ok_or_else(not_held)?;
-    let waiters = Some(state.leases().waiting_for(&full));
+    let waiters = waiters(&state, [&full]).await?(&full);
     Ok(Json(LockItem::of(name.as_str().to_owned(), &held, waiters)))
 }
 
@@ -239,6 +252,10 @@ pub(crate) async fn force_release(
     let ended = state.db().leases().force_release(&full, by, reason).await?;
     let ended = ended.ok_or_else(not_held)?;
     tracing::warn!(lock = %full, by, reason, lock_id = ?ended.lock_id, "a lock was taken away");
-    let waiters = Some(state.leases().waiting_for(&full));
+    // It is done, whether or not others can be asked.
+    let waiters = match waiters(&state, [&full]).await {
+        Ok(waiters) => waiters(&full),
+        Err(_) => state.leases().waiting_for(&full),
+    };
     Ok(Json(LockItem::of(name.as_str().to_owned(), &ended, waiters)))
 }

@@ -258,13 +258,15 @@ impl PgSessionLock {
                 .filter(|held| held.lock_id.is_some_and(|id| left.contains(&id.as_uuid())));
             if let Some(sessions) = named(in_vain) {
                 return Err(Unavailable::new(format!(
-                    "the owner of {name} was asked and did not give it up within {GIVEN_UP_WITHIN:?}: {sessions}"
+                    "the owner of {name} was asked and did not give it up within {GIVEN_UP_WITHIN:?}: {sessions}, \
+                     which can be ended instead, with all locks that it has"
                 )));
             }
         }
         if let Some(sessions) = named(held.iter().filter(|held| held.lock_id.is_none())) {
             return Err(Unavailable::new(format!(
-                "{name} is held by a program that cannot be asked for it: {sessions}"
+                "{name} is held by a program that cannot be asked for it: {sessions}, which can be ended instead, \
+                 with all locks that it has"
             )));
         }
         Ok(held)

@@ -425,6 +425,7 @@ impl DistributedLock for PgSessionLock {
 
     /// Moves the end that `max_hold` set to `ttl` from now, if that is later, and asks the lock session whether it
     /// is still there.
+    #[tracing::instrument(level = "debug", name = "lock", skip_all, fields(operation = "extend", backend = "session", name = %guard.name()))]
     async fn extend(&self, guard: &LockGuard, ttl: Duration) -> Result<(), ExtendError> {
         let ttl = Ttl::new(ttl)?.get();
         let lock_id = guard.lock_id();
@@ -469,6 +470,7 @@ impl DistributedLock for PgSessionLock {
         .await
     }
 
+    #[tracing::instrument(level = "debug", name = "lock", skip_all, fields(operation = "inspect", backend = "session", name = %name))]
     async fn inspect(&self, name: &LockName) -> Result<Option<HeldLock>, Unavailable> {
         let key = (self.key_of)(name);
         let held = self.find(key, name).await?;

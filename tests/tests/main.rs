@@ -19,6 +19,7 @@ mod history;
 mod idempotency;
 mod leaks;
 mod locked;
+mod metrics;
 mod purge_race;
 mod run;
 mod world;

@@ -212,6 +212,7 @@ impl Database {
         }
     }
 
+    #[tracing::instrument(level = "debug", name = "lock", skip_all, fields(operation = "fence", name = %guard.name()))]
     async fn fenced<T, E, W>(
         &self,
         guard: &LockGuard,

@@ -17,6 +17,7 @@ use leasehold_domain::{
 use leasehold_embedded::Cluster;
 use leasehold_storage::advisory::{AdvisoryKey, compat};
 use leasehold_storage::{ConnectOptions, Database, PgSessionLock};
+use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 use tokio::task::JoinSet;
@@ -632,6 +633,7 @@ async fn shared_holders_of_a_process_are_one_in_the_server() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_unlock_behind_the_back_is_told() {
+    let measured = PrometheusBuilder::new().install_recorder().unwrap();
     for statement in ["SELECT pg_advisory_unlock_all()", "DISCARD ALL"] {
         let bench = Bench::start().await;
         let mut injector = Injector::start(&bench.database).await;
@@ -675,6 +677,10 @@ async fn an_unlock_behind_the_back_is_told() {
             .unwrap();
         give_back(&locks, again).await;
     }
+    let text = measured.render();
+    // After the second statement the server has forgotten how to unlock, and says so.
+    let counted = "leasehold_unlock_false_total 1";
+    assert!(text.lines().any(|line| line == counted), "{text}");
 }
 
 /// The process of `a_stopped_process_loses_its_locks`.

@@ -3,9 +3,9 @@
 use axum::Json;
 use axum::extract::State;
 use diesel_async::AsyncPgConnection;
-use leasehold_domain::{TenantConflict, TenantConflictReason};
 use leasehold_http::openapi::{IdempotencyKey, ReadProblems, WriteProblems};
 use leasehold_http::{ApiJson, ApiQuery, NoBody, Problem};
+use leasehold_storage::TenantGate;
 use uuid::Uuid;
 
 use crate::answer::Answer;
@@ -59,13 +59,7 @@ async fn make(
 ) -> Result<Answer, Failure> {
     match store::create(conn, tenant, id, new).await? {
         Created::Done(record) => Answer::created(&record),
-        Created::Refused => {
-            let conflict = TenantConflict {
-                tenant: tenant.to_owned(),
-                reason: TenantConflictReason::PurgeInProgress,
-            };
-            Err(Problem::from(conflict).into())
-        }
+        Created::Refused => Err(Problem::from(TenantGate::refused(tenant)).into()),
         Created::NoSuchTenant => Err(no_tenant().into()),
     }
 }

@@ -43,6 +43,7 @@ impl Jobs {
     ///
     /// # Cancel safety
     /// It only reads.
+    #[tracing::instrument(level = "debug", name = "job", skip_all, fields(operation = "list"))]
     pub async fn list(&self) -> Result<Vec<JobInfo>, Unavailable> {
         let rows = table::look(&self.process.pool, None).await?;
         Ok(rows.iter().map(info).collect())
@@ -55,6 +56,7 @@ impl Jobs {
     ///
     /// # Cancel safety
     /// It only reads.
+    #[tracing::instrument(level = "debug", name = "job", skip_all, fields(operation = "get", job = name))]
     pub async fn get(&self, name: &str) -> Result<Option<JobInfo>, Unavailable> {
         let rows = table::look(&self.process.pool, Some(&[name.to_owned()])).await?;
         Ok(rows.first().map(info))
@@ -67,6 +69,7 @@ impl Jobs {
     ///
     /// # Cancel safety
     /// It only reads.
+    #[tracing::instrument(level = "debug", name = "job", skip_all, fields(operation = "history", job = name))]
     pub async fn history(&self, name: &str) -> Result<Vec<JobRunInfo>, Unavailable> {
         Ok(table::history(&self.process.pool, name).await?)
     }
@@ -78,6 +81,7 @@ impl Jobs {
     ///
     /// # Cancel safety
     /// The run may have been asked for.
+    #[tracing::instrument(level = "debug", name = "job", skip_all, fields(operation = "run_now", job = name))]
     pub async fn run_now(&self, name: &str) -> Result<RunNow, Unavailable> {
         let ask = async |conn: &mut AsyncPgConnection| Ok(Self::run_now_in_tx(conn, name).await?);
         Ok(self.process.pool.ask::<_, StorageError, _>(ask).await?)
@@ -90,6 +94,7 @@ impl Jobs {
     ///
     /// # Cancel safety
     /// Roll back.
+    #[tracing::instrument(level = "debug", name = "job", skip_all, fields(operation = "run_now", job = name))]
     pub async fn run_now_in_tx(conn: &mut AsyncPgConnection, name: &str) -> QueryResult<RunNow> {
         table::ask(conn, name, Uuid::new_v4()).await
     }
@@ -101,6 +106,7 @@ impl Jobs {
     ///
     /// # Cancel safety
     /// The job may have been paused: call it again.
+    #[tracing::instrument(level = "debug", name = "job", skip_all, fields(operation = "pause", job = name))]
     pub async fn pause(&self, name: &str) -> Result<bool, Unavailable> {
         let pause = async |conn: &mut AsyncPgConnection| Ok(table::pause(conn, name).await?);
         Ok(self.process.pool.ask::<_, StorageError, _>(pause).await?)
@@ -113,6 +119,7 @@ impl Jobs {
     ///
     /// # Cancel safety
     /// Roll back.
+    #[tracing::instrument(level = "debug", name = "job", skip_all, fields(operation = "pause", job = name))]
     pub async fn pause_in_tx(conn: &mut AsyncPgConnection, name: &str) -> QueryResult<Option<JobInfo>> {
         table::pause(conn, name).await?;
         Self::get_on(conn, name).await
@@ -126,6 +133,7 @@ impl Jobs {
     ///
     /// # Cancel safety
     /// The job may have been resumed: call it again.
+    #[tracing::instrument(level = "debug", name = "job", skip_all, fields(operation = "resume", job = name))]
     pub async fn resume(&self, name: &str) -> Result<bool, Unavailable> {
         let resume = async |conn: &mut AsyncPgConnection| Ok(table::resume(conn, name).await?);
         Ok(self.process.pool.ask::<_, StorageError, _>(resume).await?)
@@ -138,6 +146,7 @@ impl Jobs {
     ///
     /// # Cancel safety
     /// Roll back.
+    #[tracing::instrument(level = "debug", name = "job", skip_all, fields(operation = "resume", job = name))]
     pub async fn resume_in_tx(conn: &mut AsyncPgConnection, name: &str) -> QueryResult<Option<JobInfo>> {
         table::resume(conn, name).await?;
         Self::get_on(conn, name).await

@@ -241,6 +241,7 @@ impl JobScheduler {
         self.claim(registered, row, claim).await
     }
 
+    #[tracing::instrument(level = "debug", name = "job", skip_all, fields(operation = "claim", job = row.name))]
     async fn claim(&self, registered: &Registered, row: &JobRow, claim: Claim) -> Result<Step, StorageError> {
         let job = &registered.job;
         let Ok(request) = job.request(&self.holder) else {

@@ -55,6 +55,7 @@ impl PgWorkQueue {
     ///
     /// # Cancel safety
     /// Roll back: the statement may still run.
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "enqueue"))]
     pub async fn enqueue_in_tx(
         &self,
         conn: &mut AsyncPgConnection,
@@ -76,6 +77,7 @@ impl PgWorkQueue {
     ///
     /// # Cancel safety
     /// Roll back: the statement may still run.
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "complete"))]
     pub async fn complete_in_tx(
         &self,
         conn: &mut AsyncPgConnection,
@@ -97,6 +99,7 @@ impl PgWorkQueue {
     ///
     /// # Cancel safety
     /// Roll back: the statement may still run.
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "redrive"))]
     pub async fn redrive_in_tx(
         &self,
         conn: &mut AsyncPgConnection,
@@ -476,6 +479,7 @@ impl Redriven {
 #[async_trait]
 impl WorkQueue for PgWorkQueue {
     /// Each thousand scopes are a statement of their own.
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "enqueue"))]
     async fn enqueue_many(&self, work: &[NewWork]) -> Result<(), QueueError> {
         let merged = Merged::of(work)?;
         for chunk in merged.chunks() {
@@ -485,6 +489,7 @@ impl WorkQueue for PgWorkQueue {
         Ok(())
     }
 
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "claim"))]
     async fn claim(&self, request: &ClaimRequest) -> Result<Claimed, QueueError> {
         request.validate()?;
         let query = diesel::sql_query(statements::CLAIM)
@@ -526,6 +531,7 @@ impl WorkQueue for PgWorkQueue {
         Ok(claimed)
     }
 
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "extend"))]
     async fn extend(&self, claims: &[ClaimKey], lease: Duration) -> Result<Vec<Outcome>, QueueError> {
         check_lease(lease)?;
         let mut outcomes = Vec::with_capacity(claims.len());
@@ -543,6 +549,7 @@ impl WorkQueue for PgWorkQueue {
         Ok(outcomes)
     }
 
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "complete"))]
     async fn complete(&self, claims: &[ClaimKey]) -> Result<Vec<Outcome>, QueueError> {
         let mut outcomes = Vec::with_capacity(claims.len());
         for chunk in claims.chunks(CHUNK) {
@@ -552,6 +559,7 @@ impl WorkQueue for PgWorkQueue {
         Ok(outcomes)
     }
 
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "retry"))]
     async fn retry(&self, retries: &[Retry]) -> Result<Vec<Outcome>, QueueError> {
         let mut items = Vec::with_capacity(retries.len());
         for retry in retries {
@@ -565,6 +573,7 @@ impl WorkQueue for PgWorkQueue {
         self.put_back(items, false).await
     }
 
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "fail"))]
     async fn fail(&self, failures: &[Failure]) -> Result<Vec<Outcome>, QueueError> {
         let mut outcomes = Vec::with_capacity(failures.len());
         for chunk in failures.chunks(CHUNK) {
@@ -583,6 +592,7 @@ impl WorkQueue for PgWorkQueue {
         Ok(outcomes)
     }
 
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "put_back"))]
     async fn requeue_after(&self, requeues: &[Requeue]) -> Result<Vec<Outcome>, QueueError> {
         let mut items = Vec::with_capacity(requeues.len());
         for requeue in requeues {
@@ -596,6 +606,7 @@ impl WorkQueue for PgWorkQueue {
         self.put_back(items, true).await
     }
 
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "stats"))]
     async fn stats(&self) -> Result<Vec<KindStats>, QueueError> {
         let rows: Vec<StatsRow> = self
             .ask(async |conn| Prepared(diesel::sql_query(statements::STATS)).load(conn).await)
@@ -603,6 +614,7 @@ impl WorkQueue for PgWorkQueue {
         Ok(rows.into_iter().map(KindStats::from).collect())
     }
 
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "items"))]
     async fn items(&self, page: &Page) -> Result<Vec<WorkItem>, QueueError> {
         let rows: Vec<ItemRow> = self
             .page(page, statements::ITEMS, statements::ITEMS_OF_TENANT)
@@ -610,6 +622,7 @@ impl WorkQueue for PgWorkQueue {
         Ok(rows.into_iter().map(WorkItem::from).collect())
     }
 
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "dead_letters"))]
     async fn dead_letters(&self, page: &Page) -> Result<Vec<DeadLetter>, QueueError> {
         let rows: Vec<LetterRow> = self
             .page(page, statements::LETTERS, statements::LETTERS_OF_TENANT)
@@ -620,6 +633,7 @@ impl WorkQueue for PgWorkQueue {
             .collect())
     }
 
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "redrive"))]
     async fn redrive(&self, tenant: &str, letters: &[i64]) -> Result<u64, QueueError> {
         let row = self
             .ask(async |conn| redrive(conn, tenant, letters).await)
@@ -628,6 +642,7 @@ impl WorkQueue for PgWorkQueue {
         Ok(row.number())
     }
 
+    #[tracing::instrument(level = "debug", name = "queue", skip_all, fields(operation = "purge"))]
     async fn purge_dead_letters(&self, retention: &Retention) -> Result<u64, QueueError> {
         let age = micros(retention.age.min(LONGEST_AGE));
         let number = i64::try_from(retention.number).unwrap_or(i64::MAX);

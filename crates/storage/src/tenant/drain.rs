@@ -59,6 +59,7 @@ impl TenantGate {
     /// # Cancel safety
     /// Rolled back, unless COMMIT was sent. A server that waits for the gate notices within 250 ms that nobody waits for
     /// its answer; until then writers are refused.
+    #[tracing::instrument(level = "debug", name = "gate", skip_all, fields(operation = "drain"))]
     pub async fn drain<T, E, W>(
         &self,
         tenant: &str,

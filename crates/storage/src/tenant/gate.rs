@@ -88,6 +88,7 @@ impl TenantGate {
     ///
     /// # Cancel safety
     /// Rolled back, unless COMMIT was sent.
+    #[tracing::instrument(level = "debug", name = "gate", skip_all, fields(operation = "write"))]
     pub async fn write<T, E, W>(&self, tenants: &[impl AsRef<str>], work: W) -> Result<T, GateError<E>>
     where
         W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, E>,
@@ -118,6 +119,7 @@ impl TenantGate {
     ///
     /// # Cancel safety
     /// The gates may be entered: roll back.
+    #[tracing::instrument(level = "debug", name = "gate", skip_all, fields(operation = "enter"))]
     pub async fn enter_in_tx(
         conn: &mut AsyncPgConnection,
         tenants: &[impl AsRef<str>],
@@ -152,11 +154,18 @@ impl TenantGate {
         key_of(tenant)
     }
 
+    /// The conflict of a write that has asked for the gate in a statement of its own and found it closed: see
+    /// [`TenantGate::gate`]. Counts it.
+    pub fn refused(tenant: &str) -> TenantConflict {
+        refused_at(tenant)
+    }
+
     /// The conflict that a write of the tenant would meet now, if any. One round trip. Who cannot be told by that moment
     /// is not held up: the write itself asks again.
     ///
     /// # Cancel safety
     /// Nothing is left behind.
+    #[tracing::instrument(level = "debug", name = "gate", skip_all, fields(operation = "look"))]
     pub(crate) async fn conflict(&self, tenant: &str, until: Instant) -> Option<TenantConflict> {
         let key = key_of(tenant).ok()?;
         let open = self.process.pool.ask_until(until, async |conn| {

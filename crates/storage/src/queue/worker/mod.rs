@@ -24,6 +24,7 @@ use rand::Rng;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use self::flight::{Flight, InFlight};
 use self::idle::Idle;
@@ -360,9 +361,10 @@ impl Shared {
             kind: &claim.scope.kind,
             start: Instant::now(),
         };
+        let span = tracing::debug_span!("work", kind = claim.scope.kind, id = %claim.key.id, attempt = claim.attempt);
         // In a future of ours: a processor may panic before it has made its own, and an error while it tells itself.
         let processed = async {
-            match self.processor.process(claim).await {
+            match self.processor.process(claim).instrument(span).await {
                 Ok(processed) => Ok(processed),
                 Err(error) => Err((chain(&*error), NonRetryable::is_in(&*error))),
             }

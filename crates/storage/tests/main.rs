@@ -11,6 +11,7 @@ mod migrate;
 mod providers;
 mod queue;
 mod session;
+mod spans;
 mod startup;
 mod support;
 mod tenant;

@@ -16,8 +16,8 @@ pub(crate) struct Options {
     /// How many clients work at once, a list.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 32], value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) clients: Vec<u32>,
-    /// Only groups with this text in their title: session, lease, transaction, write, gated, PUT, hand-off, http-lock,
-    /// queue, rows, renewal.
+    /// Only groups with this text in their title: session, lease, transaction, write, gated, PUT, hand-off, waiting,
+    /// http-lock, queue, rows, renewal
     #[arg(long)]
     pub(crate) only: Option<String>,
 }

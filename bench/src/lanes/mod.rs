@@ -7,6 +7,7 @@ mod http;
 mod http_lock;
 mod pairs;
 mod queue;
+mod waiting;
 mod write;
 
 use leasehold_domain::{Holder, LockName, LockRequest};
@@ -46,6 +47,7 @@ pub(crate) async fn run(bench: &Bench) -> Result {
     for clients in [2, 8, 32] {
         http_lock::one_name(bench, clients).await?;
     }
+    waiting::writes(bench).await?;
     queue::no_op(bench, &database).await?;
     queue::growth(bench).await?;
     growth::rows(bench).await?;

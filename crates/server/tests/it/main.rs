@@ -20,6 +20,7 @@ mod operations;
 mod purge;
 mod queue_api;
 mod receiver;
+#[expect(unreachable_pub, reason = "the system tests have it in their library")]
 #[path = "../../../../tests/src/secrets.rs"]
 mod secrets;
 mod support;

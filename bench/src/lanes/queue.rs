@@ -16,7 +16,7 @@ use crate::capture::Captured;
 use crate::database::BenchDatabase;
 use crate::group::{self, Group};
 use crate::measure::{self, Lane, Sample};
-use crate::{Bench, Result, pgbench};
+use crate::{Bench, PEER, Result, pgbench};
 
 const KIND: &str = "bench";
 /// Of the worker's pool: one claims, another settles, and one has the heartbeats.
@@ -123,6 +123,8 @@ async fn no_op_in(bench: &Bench, database: &BenchDatabase, batch: usize, process
             batch,
             processors,
         }));
+    } else {
+        println!("graphile_worker: {PEER} names no program; its lane is left out");
     }
     bench.measure(group).await
 }

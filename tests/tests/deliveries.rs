@@ -228,7 +228,7 @@ async fn nothing_is_sent_to_loopback_unless_the_operator_says_so() {
     eventually("it has failed", async || {
         items(&world.api).await.iter().any(|item| {
             let error = item["last_error"].as_str();
-            item["state"] == "delayed" && error == Some("the URL leads to an address that is not public")
+            item["state"] == "delayed" && error == Some("the URL leads to no address that is public")
         })
     })
     .await;

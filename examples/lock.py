@@ -68,7 +68,10 @@ class Lock:
                     raise
                 time.sleep(1)
         self.fencing_token = granted["fencing_token"]
-        # The answer may have been under way for as long as the request took: count from before it.
+        # It may have been granted at any time since it was asked for, or by a request before. Extended, it is known to
+        # last: from before the request, whose answer may have been under way for as long as it took.
+        sent = time.monotonic()
+        self._ask("extend", lock_id=self.lock_id)
         self._trusted_until = sent + self.ttl
         self._renewal = threading.Thread(target=self._renew, daemon=True)
         self._renewal.start()

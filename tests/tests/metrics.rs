@@ -148,7 +148,7 @@ async fn attempts_waits_and_holds_are_counted() {
 async fn gates_work_and_jobs_are_counted_and_every_metric_is_there() {
     let world = World::start_with("lease", |service| service.set("WEBHOOK_ALLOW_PRIVATE", "true")).await;
     let api = &world.api;
-    let job = [r#"job="webhook-health""#, r#"outcome="succeeded""#];
+    let job = [r#"task="webhook-health""#, r#"outcome="succeeded""#];
     comes_to(api, "leasehold_queue_items", &[], |items| items == 0.0).await;
 
     // Nobody listens there, so what is to be sent is tried again and again.

@@ -140,7 +140,7 @@ impl Holds {
     pub(crate) fn lose(&self, lock_id: LockId) {
         if let Some(hold) = self.remove(lock_id) {
             metrics::counter!("leasehold_lock_lost_total", "backend" => hold.scope.backend()).increment(1);
-            tracing::warn!(lock = %hold.control.parts().name, %lock_id, "a lock was lost");
+            tracing::warn!(lock = hold.control.parts().name.to_string(), %lock_id, "a lock was lost");
             hold.control.lose();
         }
     }

@@ -123,15 +123,14 @@ WITH live AS MATERIALIZED (
 ), told AS MATERIALIZED (
     SELECT DISTINCT ON (key_bits, key_space) key_bits, key_space, name
     FROM live WHERE key_bits IS NOT NULL ORDER BY key_bits, key_space, name
+), writing AS MATERIALIZED (
+    SELECT DISTINCT pid FROM pg_locks WHERE locktype = 'transactionid' AND mode = 'ExclusiveLock' AND granted
 ), server AS MATERIALIZED (
     SELECT l.pid, l.granted, l.waitstart, CASE l.mode WHEN 'ShareLock' THEN 'shared' ELSE 'exclusive' END AS mode,
            (l.classid::bigint << 32) | l.objid::bigint AS key_bits, l.objsubid AS key_space,
-           CASE WHEN EXISTS (SELECT FROM pg_locks AS t
-                             WHERE t.pid = l.pid AND t.locktype = 'transactionid' AND t.mode = 'ExclusiveLock'
-                               AND t.granted)
-                THEN 'transaction' ELSE 'session' END AS backend,
+           CASE WHEN writing.pid IS NULL THEN 'session' ELSE 'transaction' END AS backend,
            a.application_name, host(a.client_addr) AS client_address, a.xact_start
-    FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid
+    FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a ON a.pid = l.pid LEFT JOIN writing ON writing.pid = l.pid
     WHERE l.locktype = 'advisory'
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 ), held AS MATERIALIZED (

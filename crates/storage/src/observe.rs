@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use leasehold_domain::{AcquireError, LockGuard, LockName};
 
 pub(crate) fn span(operation: &'static str, backend: &'static str, name: &LockName) -> tracing::Span {
-    tracing::debug_span!("lock", operation, backend, %name)
+    tracing::debug_span!("lock", operation, backend, name = name.to_string())
 }
 
 /// Counts how an attempt ended and how long it took.

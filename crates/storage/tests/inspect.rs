@@ -224,6 +224,20 @@ async fn several_share_one_lock() {
     assert!(writer.await.unwrap().is_some());
 }
 
+/// However many locks there are, each is looked at once: the question ends within the time that one may take.
+#[tokio::test(flavor = "multi_thread")]
+async fn heavy_thousands_of_locks_are_seen_at_once() {
+    let bench = Bench::start().await;
+    let stranger = bench.database.client().await;
+    let many = "SELECT count(pg_advisory_lock(n)) FROM generate_series(1, 10000) AS n";
+    stranger.execute(many, &[]).await.unwrap();
+    let seen = bench.one.held_locks(&[], 20_000).await.unwrap();
+    assert_eq!(seen.len(), 10_000);
+    assert_eq!(bench.one.held_locks(&[], 10).await.unwrap().len(), 10);
+    let all = "SELECT pg_advisory_unlock_all()";
+    stranger.execute(all, &[]).await.unwrap();
+}
+
 /// Programs without this library take the same keys, and wait inside the server.
 #[tokio::test(flavor = "multi_thread")]
 async fn strangers_are_seen_by_their_keys() {

@@ -16,7 +16,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::cli::postgres::{Postgres, connect_briefly};
-use crate::cli::{Failed, owner, print, say};
+use crate::cli::{Failed, on_one_line, owner, print, say};
 use crate::config::{DatabaseConfig, LogConfig};
 use crate::locks::model::{FIRST_PART, HolderView};
 use crate::names::Slug;
@@ -327,10 +327,10 @@ impl Item {
         let age = self.acquired_at.map(|since| length(now - since.0));
         let expiry = self.expires_at.map(|at| format!("in {}", length(at.0 - now)));
         [
-            name,
+            on_one_line(&name),
             self.mode.to_string(),
             self.backend.to_owned(),
-            holder,
+            on_one_line(&holder),
             age.unwrap_or_else(unknown),
             expiry.unwrap_or_else(|| "with its session".to_owned()),
             self.waiters.to_string(),

@@ -127,7 +127,7 @@ fn say(line: &str) {
     drop(writeln!(std::io::stderr(), "{line}"));
 }
 
-/// An error with all its causes.
+/// An error with all its causes. It may tell of others' locks, and so in their words.
 fn in_one_line(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -139,7 +139,7 @@ fn in_one_line(error: &dyn Error) -> String {
         }
         source = cause.source();
     }
-    text
+    on_one_line(&text)
 }
 
 /// Who a command's locks are held by, and who takes others' away: user@host.
@@ -163,9 +163,32 @@ fn print(text: &str) -> Result<(), Failed> {
     }
 }
 
+/// What others have written, for one line of a terminal: terminals obey some characters.
+fn on_one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() {
+            line.extend(character.escape_default());
+        } else {
+            line.push(character);
+        }
+    }
+    line
+}
+
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
+
+    #[test]
+    fn what_others_wrote_is_one_line_and_commands_no_terminal() {
+        assert_eq!(on_one_line("naïve/prod 1"), "naïve/prod 1");
+        assert_eq!(on_one_line("a\u{1b}[2J\nb\u{9b}"), "a\\u{1b}[2J\\nb\\u{9b}");
+        let error = io::Error::other("held by a\n\u{1b}]0;root\u{7}");
+        assert_eq!(in_one_line(&error), "held by a\\n\\u{1b}]0;root\\u{7}");
+    }
 
     fn parsed(args: &[&str]) -> Result<Cli, clap::Error> {
         let args = std::iter::once(&"leasehold").chain(args).map(OsString::from);

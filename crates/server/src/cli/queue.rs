@@ -9,7 +9,7 @@ use leasehold_storage::Database;
 use serde::Serialize;
 
 use crate::cli::postgres::{Postgres, connect_briefly};
-use crate::cli::{Failed, print};
+use crate::cli::{Failed, on_one_line, print};
 use crate::config::{DatabaseConfig, LogConfig};
 use crate::deliveries;
 use crate::names::Slug;
@@ -148,19 +148,6 @@ async fn act(db: &Database, action: &Action) -> Result<String, Failed> {
             Ok(format!("{redriven}\n"))
         }
     }
-}
-
-/// Whoever wrote it may have written anything: a letter is a line, and terminals obey some characters.
-fn on_one_line(text: &str) -> String {
-    let mut line = String::with_capacity(text.len());
-    for character in text.chars() {
-        if character.is_control() {
-            line.extend(character.escape_default());
-        } else {
-            line.push(character);
-        }
-    }
-    line
 }
 
 /// They are bounded by number, and few where all is well.

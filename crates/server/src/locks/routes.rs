@@ -251,7 +251,7 @@ pub(crate) async fn force_release(
     let (by, reason) = (&access.caller.subject, &force.reason);
     let ended = state.db().leases().force_release(&full, by, reason).await?;
     let ended = ended.ok_or_else(not_held)?;
-    tracing::warn!(lock = %full, by, reason, lock_id = ?ended.lock_id, "a lock was taken away");
+    tracing::warn!(lock = full.to_string(), by, reason, lock_id = ?ended.lock_id, "a lock was taken away");
     // It is done, whether or not others can be asked.
     let waiters = match waiters(&state, [&full]).await {
         Ok(waiters) => waiters(&full),

@@ -244,7 +244,7 @@ pub(crate) async fn force_release(
         WorkspaceLock::Advisory(lock) => lock.force_release(&name, by, &force.reason).await?,
     };
     let ended = ended.ok_or_else(no_lock)?;
-    tracing::warn!(lock = %name, by, reason = force.reason, lock_id = ?ended.lock_id, "a lock was taken away");
+    tracing::warn!(lock = name.to_string(), by, reason = force.reason, lock_id = ?ended.lock_id, "a lock was taken away");
     Ok(Json(LockView::from(&ended)))
 }
 

@@ -43,7 +43,7 @@ pub(crate) async fn run(
             _ = cancelled.wait_for(|cancelled| *cancelled) => Some((RunOutcome::Interrupted, None)),
         };
         // By here the work has ended or was dropped.
-        metrics::histogram!("leasehold_job_run_seconds", "job" => job).record(started.elapsed());
+        metrics::histogram!("leasehold_job_run_seconds", "task" => job).record(started.elapsed());
         match end {
             Some((outcome, error)) => settle(&process, run, outcome, error.as_deref()).await,
             // Whoever looks next finds the lease over, and records that.
@@ -103,5 +103,5 @@ pub(crate) fn count(job: &str, outcome: RunOutcome) {
 
 fn counter(job: &str, outcome: RunOutcome) -> metrics::Counter {
     // Jobs are few, and named by programs.
-    metrics::counter!("leasehold_job_runs_total", "job" => job.to_owned(), "outcome" => outcome.as_str())
+    metrics::counter!("leasehold_job_runs_total", "task" => job.to_owned(), "outcome" => outcome.as_str())
 }

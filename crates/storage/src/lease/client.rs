@@ -200,7 +200,7 @@ impl ClientLeases {
     ///
     /// # Cancel safety
     /// Nothing is lost.
-    #[tracing::instrument(level = "debug", name = "lock", skip_all, fields(operation = "find", backend = "lease", name = %name))]
+    #[tracing::instrument(level = "debug", name = "lock", skip_all, fields(operation = "find", backend = "lease", name = name.to_string()))]
     pub async fn find(&self, name: &LockName, chosen: LockId) -> Result<Chosen, Unavailable> {
         let find = diesel::sql_query(FIND)
             .bind::<SqlUuid, _>(chosen.as_uuid())
@@ -282,7 +282,7 @@ impl ClientLeases {
     ///
     /// # Cancel safety
     /// The lease may or may not have been extended; it stays held either way.
-    #[tracing::instrument(level = "debug", name = "lock", skip_all, fields(operation = "extend", backend = "lease", name = %name))]
+    #[tracing::instrument(level = "debug", name = "lock", skip_all, fields(operation = "extend", backend = "lease", name = name.to_string()))]
     pub async fn extend(
         &self,
         name: &LockName,
@@ -313,7 +313,7 @@ impl ClientLeases {
     ///
     /// # Cancel safety
     /// The lease may or may not have ended.
-    #[tracing::instrument(level = "debug", name = "lock", skip_all, fields(operation = "release", backend = "lease", name = %name))]
+    #[tracing::instrument(level = "debug", name = "lock", skip_all, fields(operation = "release", backend = "lease", name = name.to_string()))]
     pub async fn release(&self, name: &LockName, lock_id: LockId) -> Result<Released, ReleaseError> {
         let release = diesel::sql_query(RELEASE)
             .bind::<SqlUuid, _>(lock_id.as_uuid())

@@ -470,7 +470,7 @@ impl DistributedLock for PgSessionLock {
         .await
     }
 
-    #[tracing::instrument(level = "debug", name = "lock", skip_all, fields(operation = "inspect", backend = "session", name = %name))]
+    #[tracing::instrument(level = "debug", name = "lock", skip_all, fields(operation = "inspect", backend = "session", name = name.to_string()))]
     async fn inspect(&self, name: &LockName) -> Result<Option<HeldLock>, Unavailable> {
         let key = (self.key_of)(name);
         let held = self.find(key, name).await?;

@@ -80,9 +80,15 @@ struct State {
     open: usize,
 }
 
+/// Statements that are sent together, and those of their transaction with them.
+struct Round<'a> {
+    texts: Vec<String>,
+    transaction: &'a str,
+}
+
 #[derive(Debug)]
 struct Rule {
-    matches: fn(&str, &str) -> bool,
+    matches: fn(&Round<'_>, &str) -> bool,
     needle: String,
     armed: Armed,
 }
@@ -161,15 +167,22 @@ impl Proxy {
 
     /// Orders a fault for the next round trip that runs a statement whose text contains `needle`.
     pub fn on(&self, needle: &str, fault: Fault) -> Hit {
-        self.order(|text, needle| text.contains(needle), needle, fault)
+        self.order(|round, needle| round.runs(needle), needle, fault)
     }
 
     /// Orders a fault for the next round trip that ends a transaction with COMMIT.
     pub fn on_commit(&self, fault: Fault) -> Hit {
-        self.order(|text, end| text.ends_with(end), "COMMIT", fault)
+        self.order(|round, _| round.commits(), "", fault)
     }
 
-    fn order(&self, matches: fn(&str, &str) -> bool, needle: &str, fault: Fault) -> Hit {
+    /// Orders a fault for the next COMMIT of a transaction in which a statement was run whose text contains `needle`: of
+    /// the service's own, in the background, it is not known when they come.
+    pub fn on_commit_of(&self, needle: &str, fault: Fault) -> Hit {
+        let matches = |round: &Round<'_>, needle: &str| round.commits() && round.transaction.contains(needle);
+        self.order(matches, needle, fault)
+    }
+
+    fn order(&self, matches: fn(&Round<'_>, &str) -> bool, needle: &str, fault: Fault) -> Hit {
         let (happened, seen) = watch::channel(false);
         let (answered, told) = watch::channel(false);
         let (gate, open) = watch::channel(false);
@@ -229,6 +242,16 @@ impl Proxy {
     }
 }
 
+impl Round<'_> {
+    fn runs(&self, needle: &str) -> bool {
+        self.texts.iter().any(|text| text.contains(needle))
+    }
+
+    fn commits(&self) -> bool {
+        self.texts.iter().any(|text| text.ends_with("COMMIT"))
+    }
+}
+
 impl Hit {
     /// Waits until the fault has happened.
     pub async fn happened(&mut self) {
@@ -267,14 +290,14 @@ impl Shared {
     }
 
     /// Counts a round that is about to be passed on, and answers what shall happen to it.
-    fn count(&self, texts: Vec<String>, alone: bool) -> Option<Armed> {
+    fn count(&self, round: Round<'_>, alone: bool) -> Option<Armed> {
         let mut state = self.state();
         state.traffic.round_trips += usize::from(alone);
         let rule = state
             .rules
             .iter()
-            .position(|rule| texts.iter().any(|text| (rule.matches)(text, &rule.needle)));
-        state.traffic.statements.extend(texts);
+            .position(|rule| (rule.matches)(&round, &rule.needle));
+        state.traffic.statements.extend(round.texts);
         rule.map(|index| state.rules.remove(index).armed)
     }
 }
@@ -337,6 +360,8 @@ async fn forward(
 ) -> io::Result<()> {
     let mut statements = Statements::default();
     let (mut bytes, mut texts) = (Vec::new(), Vec::new());
+    // What ran since the last transaction ended.
+    let mut transaction = String::new();
     while let Some(message) = Message::read(&mut client).await? {
         bytes.extend(message.bytes());
         let whole = match statements.follow(&message) {
@@ -355,7 +380,17 @@ async fn forward(
         let (mut cut_behind, mut hold) = (None, None);
         if whole {
             let alone = pending_rounds(pending).is_empty();
-            let armed = shared.count(std::mem::take(&mut texts), alone);
+            let texts = std::mem::take(&mut texts);
+            transaction.push_str(&texts.join("; "));
+            let round = Round {
+                texts,
+                transaction: &transaction,
+            };
+            let ended = round.commits() || round.runs("ROLLBACK");
+            let armed = shared.count(round, alone);
+            if ended {
+                transaction.clear();
+            }
             match &armed {
                 Some(Armed {
                     fault: Fault::LoseStatement,

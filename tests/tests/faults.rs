@@ -74,7 +74,7 @@ async fn a_fault_in_any_round_trip_of_a_put(mode: &'static str) {
             let what = format!("{fault:?} of {step}");
             let before = world.version().await;
             let mut hit = match step {
-                "COMMIT" => proxy.on_commit(fault),
+                "COMMIT" => proxy.on_commit_of("INSERT INTO versions", fault),
                 step => proxy.on(step, fault),
             };
             let answer = world.api.send(put_key("key", value)).await;
@@ -112,7 +112,7 @@ async fn a_fault_in_any_round_trip_of_a_put(mode: &'static str) {
 async fn a_commit_of_unknown_fate(mode: &'static str) {
     let (world, proxy) = World::behind_a_proxy(mode).await;
     let before = world.version().await;
-    let mut hit = proxy.on_commit(Fault::LoseAnswerAndGoAway);
+    let mut hit = proxy.on_commit_of("INSERT INTO versions", Fault::LoseAnswerAndGoAway);
     let answer = world.api.send(put_key("key", 100)).await;
     hit.happened().await;
     assert_eq!(

@@ -212,7 +212,7 @@ async fn doubt_and_a_database_that_is_away_are_counted() {
     let (world, proxy) = World::behind_a_proxy("lease").await;
     let api = &world.api;
     comes_to(api, "leasehold_database_up", &[], |up| up == 1.0).await;
-    let mut hit = proxy.on_commit(Fault::LoseAnswerAndGoAway);
+    let mut hit = proxy.on_commit_of("INSERT INTO versions", Fault::LoseAnswerAndGoAway);
     api.send(put_key("key", 100)).await.expect(500);
     hit.happened().await;
     comes_to(api, "leasehold_outcome_unknown_total", &[], |unknown| {

@@ -26,6 +26,11 @@ fn found(text: &str) -> Option<&'static str> {
                 .is_some_and(|(_, after)| rest.iter().any(|part| after.contains(part)))
         })
     };
+    // What a refused one is told that it should look like.
+    let address = |scheme: &str| {
+        let mut addresses = text.match_indices(scheme).map(|(at, _)| &text[at..]);
+        addresses.any(|address| !address.starts_with("postgres://user@host:5432/database"))
+    };
     let followed_by_hex = |prefix: &str| {
         text.match_indices(prefix).any(|(at, _)| {
             let secret = text[at + prefix.len()..].bytes();
@@ -34,7 +39,7 @@ fn found(text: &str) -> Option<&'static str> {
     };
     if text.contains(DATABASE_PASSWORD) {
         Some("the database's password")
-    } else if text.contains("postgres://") || text.contains("postgresql://") {
+    } else if address("postgres://") || address("postgresql://") {
         Some("the database's address")
     } else if followed_by_hex("lh_") {
         Some("a key")
@@ -61,6 +66,7 @@ mod tests {
             ("failed: UPDATE workspaces SET version = $1", Some("a statement")),
             ("SELECT pg_try_advisory_lock($1)", Some("a statement")),
             ("to postgres://u@h/db", Some("the database's address")),
+            ("such as postgres://user@host:5432/database", None),
             (DATABASE_PASSWORD, Some("the database's password")),
             ("Bearer lh_0123456789abcdef0123456789abcdef", Some("a key")),
             (

@@ -10,6 +10,7 @@ use leasehold_domain::{ClaimRequest, Failure, NewWork, Scope, WorkQueue};
 use leasehold_storage::Database;
 use leasehold_system_tests::http::{get, post};
 use leasehold_system_tests::patience::{eventually, in_time};
+use leasehold_system_tests::secrets;
 use leasehold_system_tests::service::command;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -54,7 +55,11 @@ async fn ended(mut command: Command) -> Ended {
     command.env("RUST_LOG", "error");
     let output = tokio::task::spawn_blocking(move || command.output().unwrap());
     let output = in_time("the end of a command", output).await.unwrap();
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    let text = |bytes: Vec<u8>| {
+        let text = String::from_utf8(bytes).unwrap();
+        secrets::assert_none("what a command says", &text);
+        text
+    };
     Ended {
         code: output.status.code(),
         out: text(output.stdout),

@@ -12,6 +12,7 @@ use leasehold_storage::Database;
 use leasehold_storage::advisory::AdvisoryKey;
 use leasehold_system_tests::http::{delete, get, post};
 use leasehold_system_tests::patience::{PATIENCE, eventually, in_time, within};
+use leasehold_system_tests::secrets;
 use leasehold_system_tests::service::command;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
@@ -73,7 +74,11 @@ fn script(world: &World, options: &[&str], script: &str) -> Command {
 
 async fn output(mut command: Command) -> Output {
     let output = tokio::task::spawn_blocking(move || command.output().unwrap());
-    in_time("the end of a run", output).await.unwrap()
+    let output = in_time("the end of a run", output).await.unwrap();
+    for text in [&output.stdout, &output.stderr] {
+        secrets::assert_none("what a run says", &String::from_utf8_lossy(text));
+    }
+    output
 }
 
 async fn code(command: Command) -> (Option<i32>, String) {
@@ -755,6 +760,20 @@ fn in_order(lines: impl IntoIterator<Item = String>) -> usize {
     done.len()
 }
 
+/// As `counting`, by a holder in this process.
+async fn counting_in_rust(db: Database, file: PathBuf) -> String {
+    let name = LockName::new(["lock", "acme", "examples/counter"]).unwrap();
+    let request = LockRequest::new(name, Holder::new("cron", "counting"));
+    let locks = db.leases();
+    let guard = locks.acquire(&request, PATIENCE).await.unwrap();
+    let token = guard.fencing_token().unwrap().get();
+    let number: u64 = fs::read_to_string(&file).unwrap().trim().parse().unwrap();
+    sleep(Duration::from_millis(50)).await;
+    fs::write(&file, format!("{}\n", number + 1)).unwrap();
+    locks.release(guard).await.unwrap();
+    format!("{} {token}", number + 1)
+}
+
 fn counting(world: &World, file: &Path) -> Command {
     let text = "n=$(cat \"$1\"); echo $((n + 1)) > \"$1\"; echo $((n + 1)) $LEASEHOLD_FENCING_TOKEN";
     let mut command = run(
@@ -822,7 +841,7 @@ fn there_is(program: &str) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn programs_in_other_languages_exclude_each_other_and_commands() {
+async fn programs_in_other_languages_commands_and_rust_exclude_each_other() {
     const EACH: usize = 5;
     let world = world().await;
     let folder = Folder::new();
@@ -850,7 +869,11 @@ async fn programs_in_other_languages_exclude_each_other_and_commands() {
     if there_is("curl") {
         commands.extend((0..EACH).map(|_| example("sh", "lock.sh")));
     }
-    let all = commands.len();
+    let all = commands.len() + EACH;
+    let db = Database::connect(world.database.options(), 2).await.unwrap();
+    let holders: Vec<_> = (0..EACH)
+        .map(|_| tokio::spawn(counting_in_rust(db.clone(), file.clone())))
+        .collect();
     let running: Vec<_> = commands
         .into_iter()
         .map(|command| tokio::spawn(output(command)))
@@ -864,6 +887,9 @@ async fn programs_in_other_languages_exclude_each_other_and_commands() {
             String::from_utf8_lossy(&output.stderr)
         );
         lines.push(String::from_utf8(output.stdout).unwrap());
+    }
+    for holder in holders {
+        lines.push(in_time("its turn", holder).await.unwrap());
     }
     assert_eq!(in_order(lines), all);
     let free = "/v1/tenants/acme/locks/examples%2Fcounter";

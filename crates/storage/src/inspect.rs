@@ -9,15 +9,13 @@ use std::fmt::{self, Write};
 use chrono::{DateTime, Utc};
 use diesel::QueryableByName;
 use diesel::pg::Pg;
-use diesel::sql_types::{
-    Array, BigInt, Integer, Jsonb, Nullable, SmallInt, Text, Timestamptz, Uuid as SqlUuid,
-};
+use diesel::sql_types::{Array, BigInt, Integer, Nullable, SmallInt, Text, Timestamptz, Uuid as SqlUuid};
 use diesel_async::RunQueryDsl;
 use leasehold_domain::{FencingToken, Holder, HolderSession, LockId, LockMode, LockName, Unavailable};
-use serde_json::Value;
 use uuid::Uuid;
 
-use crate::advisory::{AdvisoryKey, holder};
+use crate::advisory::AdvisoryKey;
+use crate::advisory::holder::HolderColumns;
 use crate::database::Database;
 use crate::error::StorageError;
 use crate::lease::table::LeaseTable;
@@ -193,14 +191,8 @@ struct LockRow {
     key_space: Option<i16>,
     #[diesel(sql_type = Text)]
     mode: String,
-    #[diesel(sql_type = Nullable<Text>)]
-    operation: Option<String>,
-    #[diesel(sql_type = Nullable<Text>)]
-    locked_by: Option<String>,
-    #[diesel(sql_type = Nullable<Text>)]
-    instance: Option<String>,
-    #[diesel(sql_type = Nullable<Jsonb>)]
-    metadata: Option<Value>,
+    #[diesel(embed)]
+    holder: HolderColumns,
     #[diesel(sql_type = Nullable<Timestamptz>)]
     since: Option<DateTime<Utc>>,
     #[diesel(sql_type = Nullable<Integer>)]
@@ -368,7 +360,7 @@ impl LockRow {
                 "shared" => LockMode::Shared,
                 _ => LockMode::Exclusive,
             },
-            holder: holder::from_columns(self.locked_by, self.operation, self.instance, self.metadata),
+            holder: self.holder.into_holder(),
             since: self.since,
             session: self.backend_pid.map(|backend_pid| HolderSession {
                 backend_pid,

@@ -30,8 +30,9 @@ WHERE l.locktype = 'advisory' AND l.granted
 ORDER BY p.acquired_at
 LIMIT 1";
 
+/// A session that has an advisory lock, and what is told of its hold.
 #[derive(QueryableByName)]
-struct Row {
+pub(crate) struct SessionRow {
     #[diesel(sql_type = Integer)]
     backend_pid: i32,
     #[diesel(sql_type = Text)]
@@ -44,14 +45,8 @@ struct Row {
     acquired_at: Option<DateTime<Utc>>,
     #[diesel(sql_type = Nullable<SqlUuid>)]
     lock_id: Option<Uuid>,
-    #[diesel(sql_type = Nullable<Text>)]
-    operation: Option<String>,
-    #[diesel(sql_type = Nullable<Text>)]
-    locked_by: Option<String>,
-    #[diesel(sql_type = Nullable<Text>)]
-    instance: Option<String>,
-    #[diesel(sql_type = Nullable<Jsonb>)]
-    metadata: Option<Value>,
+    #[diesel(embed)]
+    holder: HolderColumns,
 }
 
 /// One holder of the lock, in whatever process; asked for until that moment.
@@ -62,7 +57,7 @@ pub(crate) async fn find(
     until: Instant,
 ) -> Result<Option<HeldLock>, StorageError> {
     let (bits, space) = key.as_lock_table_columns();
-    let row: Option<Row> = pool
+    let row: Option<SessionRow> = pool
         .ask_until(until, async |conn| {
             let query = diesel::sql_query(FIND)
                 .bind::<BigInt, _>(bits)
@@ -74,8 +69,8 @@ pub(crate) async fn find(
     Ok(row.map(|row| row.into_held(name)))
 }
 
-impl Row {
-    fn into_held(self, name: &LockName) -> HeldLock {
+impl SessionRow {
+    pub(crate) fn into_held(self, name: &LockName) -> HeldLock {
         let mode = if self.mode == "ShareLock" {
             LockMode::Shared
         } else {
@@ -83,7 +78,7 @@ impl Row {
         };
         HeldLock {
             lock_id: self.lock_id.map(LockId::from),
-            holder: from_columns(self.locked_by, self.operation, self.instance, self.metadata),
+            holder: self.holder.into_holder(),
             acquired_at: self.acquired_at,
             session: Some(HolderSession {
                 backend_pid: self.backend_pid,
@@ -95,21 +90,33 @@ impl Row {
     }
 }
 
-/// A holder as its columns have it; `None` where it is not known who it is.
-pub(crate) fn from_columns(
-    locked_by: Option<String>,
-    operation: Option<String>,
-    instance: Option<String>,
-    metadata: Option<Value>,
-) -> Option<Holder> {
-    let metadata = match metadata {
-        Some(Value::Object(metadata)) => metadata,
-        _ => serde_json::Map::new(),
-    };
-    locked_by.zip(operation).map(|(owner, operation)| Holder {
-        owner,
-        operation,
-        instance: instance.unwrap_or_default(),
-        metadata,
-    })
+/// A holder as its columns have it.
+#[derive(QueryableByName)]
+pub(crate) struct HolderColumns {
+    #[diesel(sql_type = Nullable<Text>)]
+    pub(crate) operation: Option<String>,
+    #[diesel(sql_type = Nullable<Text>)]
+    pub(crate) locked_by: Option<String>,
+    #[diesel(sql_type = Nullable<Text>)]
+    pub(crate) instance: Option<String>,
+    #[diesel(sql_type = Nullable<Jsonb>)]
+    pub(crate) metadata: Option<Value>,
+}
+
+impl HolderColumns {
+    /// `None` where it is not known who it is.
+    pub(crate) fn into_holder(self) -> Option<Holder> {
+        let metadata = match self.metadata {
+            Some(Value::Object(metadata)) => metadata,
+            _ => serde_json::Map::new(),
+        };
+        self.locked_by
+            .zip(self.operation)
+            .map(|(owner, operation)| Holder {
+                owner,
+                operation,
+                instance: self.instance.unwrap_or_default(),
+                metadata,
+            })
+    }
 }

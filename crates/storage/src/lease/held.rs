@@ -8,7 +8,7 @@ use leasehold_domain::{FencingToken, HeldLock, LockId, LockMode, LockName, Unava
 use serde_json::Value;
 use uuid::Uuid;
 
-use crate::advisory::holder;
+use crate::advisory::holder::HolderColumns;
 use crate::database::Database;
 use crate::error::StorageError;
 use crate::statement::Prepared;
@@ -85,12 +85,13 @@ impl Row {
         let name = LockName::decode(&self.name).ok()?;
         Some(HeldLock {
             lock_id: Some(LockId::from(self.lock_id)),
-            holder: holder::from_columns(
-                Some(self.locked_by),
-                Some(self.operation),
-                self.instance,
-                self.metadata,
-            ),
+            holder: HolderColumns {
+                operation: Some(self.operation),
+                locked_by: Some(self.locked_by),
+                instance: self.instance,
+                metadata: self.metadata,
+            }
+            .into_holder(),
             acquired_at: Some(self.acquired_at),
             expires_at: Some(self.expires_at),
             fencing_token: Some(FencingToken::new(self.fencing_token)),

@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use tracing::Instrument;
 use uuid::Uuid;
 
-use crate::advisory::holder;
+use crate::advisory::holder::HolderColumns;
 use crate::clock::Boottime;
 use crate::error::StorageError;
 use crate::holds::Scope;
@@ -78,14 +78,8 @@ struct AcquireRow {
 struct HolderRow {
     #[diesel(sql_type = Nullable<SqlUuid>)]
     lock_id: Option<Uuid>,
-    #[diesel(sql_type = Nullable<Text>)]
-    operation: Option<String>,
-    #[diesel(sql_type = Nullable<Text>)]
-    locked_by: Option<String>,
-    #[diesel(sql_type = Nullable<Text>)]
-    instance: Option<String>,
-    #[diesel(sql_type = Nullable<Jsonb>)]
-    metadata: Option<Value>,
+    #[diesel(embed)]
+    holder: HolderColumns,
     #[diesel(sql_type = Nullable<Timestamptz>)]
     acquired_at: Option<DateTime<Utc>>,
     #[diesel(sql_type = Nullable<Timestamptz>)]
@@ -116,7 +110,7 @@ impl HolderRow {
     fn into_held(self, name: &LockName) -> HeldLock {
         HeldLock {
             lock_id: self.lock_id.map(LockId::from),
-            holder: holder::from_columns(self.locked_by, self.operation, self.instance, self.metadata),
+            holder: self.holder.into_holder(),
             acquired_at: self.acquired_at,
             expires_at: self.expires_at,
             fencing_token: self.fencing_token.map(FencingToken::new),

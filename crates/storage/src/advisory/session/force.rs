@@ -3,21 +3,18 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use diesel::QueryableByName;
-use diesel::sql_types::{
-    Array, BigInt, Bool, Integer, Jsonb, Nullable, SmallInt, Text, Timestamptz, Uuid as SqlUuid,
-};
+use diesel::sql_types::{Array, BigInt, Bool, Integer, SmallInt, Text, Uuid as SqlUuid};
 use diesel_async::RunQueryDsl;
-use leasehold_domain::{HeldLock, HolderSession, LockId, LockMode, LockName, Unavailable};
-use serde_json::Value;
+use leasehold_domain::{HeldLock, LockId, LockName, Unavailable};
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::{LockSession, PgSessionLock, Sessions};
-use crate::advisory::{AdvisoryKey, holder};
+use crate::advisory::AdvisoryKey;
+use crate::advisory::holder::SessionRow;
 use crate::error::StorageError;
 use crate::holds::{Holds, Scope};
 use crate::pool::ANSWER;
@@ -112,30 +109,6 @@ SELECT pid, locks, done FROM ended"
 );
 
 #[derive(QueryableByName)]
-struct HavingRow {
-    #[diesel(sql_type = Integer)]
-    backend_pid: i32,
-    #[diesel(sql_type = Text)]
-    mode: String,
-    #[diesel(sql_type = Nullable<Text>)]
-    application_name: Option<String>,
-    #[diesel(sql_type = Nullable<Text>)]
-    client_address: Option<String>,
-    #[diesel(sql_type = Nullable<SqlUuid>)]
-    lock_id: Option<Uuid>,
-    #[diesel(sql_type = Nullable<Text>)]
-    operation: Option<String>,
-    #[diesel(sql_type = Nullable<Text>)]
-    locked_by: Option<String>,
-    #[diesel(sql_type = Nullable<Text>)]
-    instance: Option<String>,
-    #[diesel(sql_type = Nullable<Jsonb>)]
-    metadata: Option<Value>,
-    #[diesel(sql_type = Nullable<Timestamptz>)]
-    acquired_at: Option<DateTime<Utc>>,
-}
-
-#[derive(QueryableByName)]
 struct AskedRow {
     #[diesel(sql_type = BigInt)]
     asked: i64,
@@ -164,26 +137,6 @@ pub struct Terminated {
     pub ended: Vec<HeldLock>,
     /// How many other advisory locks the same sessions had.
     pub other_locks: usize,
-}
-
-impl HavingRow {
-    fn into_held(self, name: &LockName) -> HeldLock {
-        let mode = match self.mode.as_str() {
-            "ShareLock" => LockMode::Shared,
-            _ => LockMode::Exclusive,
-        };
-        HeldLock {
-            lock_id: self.lock_id.map(LockId::from),
-            holder: holder::from_columns(self.locked_by, self.operation, self.instance, self.metadata),
-            acquired_at: self.acquired_at,
-            session: Some(HolderSession {
-                backend_pid: self.backend_pid,
-                application_name: self.application_name,
-                client_address: self.client_address,
-            }),
-            ..HeldLock::unknown(name.clone(), mode)
-        }
-    }
 }
 
 /// Gives up what other processes ask for.
@@ -326,7 +279,7 @@ impl PgSessionLock {
         let query = diesel::sql_query(FIND)
             .bind::<BigInt, _>(bits)
             .bind::<SmallInt, _>(space);
-        let rows: Vec<HavingRow> = self
+        let rows: Vec<SessionRow> = self
             .process
             .pool
             .ask(async |conn| Ok::<_, StorageError>(Prepared(query).load(conn).await?))

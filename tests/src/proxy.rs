@@ -172,7 +172,7 @@ impl Proxy {
 
     /// Orders a fault for the next round trip that ends a transaction with COMMIT.
     pub fn on_commit(&self, fault: Fault) -> Hit {
-        self.order(|round, _| round.commits(), "", fault)
+        self.on_commit_of("", fault)
     }
 
     /// Orders a fault for the next COMMIT of a transaction in which a statement was run whose text contains `needle`: of

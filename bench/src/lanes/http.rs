@@ -18,7 +18,7 @@ use diesel_async::RunQueryDsl;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::client::conn::http1::SendRequest;
-use hyper::{Method, Request, header};
+use hyper::{Method, Request, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use leasehold_http::{ApiJson, LockScopeLayer, Problem, RequestIdLayer, on_panic};
 use leasehold_server::auth::{self, Access, NewCredential, Role, Write};
@@ -210,6 +210,25 @@ impl Caller {
     }
 }
 
+/// Sends a request with the key that all use, and reads the whole answer.
+pub(super) async fn ask(
+    sender: &mut SendRequest<Full<Bytes>>,
+    method: &Method,
+    path: &str,
+    body: Bytes,
+) -> Result<(StatusCode, Bytes)> {
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header(header::HOST, "localhost")
+        .header(header::AUTHORIZATION, format!("Bearer {KEY}"))
+        .header(header::CONTENT_TYPE, "application/json")
+        .body(Full::new(body))?;
+    let response = sender.send_request(request).await?;
+    let status = response.status();
+    Ok((status, response.into_body().collect().await?.to_bytes()))
+}
+
 /// A connection of one client.
 pub(super) async fn connect(address: SocketAddr) -> Result<SendRequest<Full<Bytes>>> {
     let stream = TcpStream::connect(address).await?;
@@ -229,16 +248,7 @@ fn value() -> Value {
 
 impl Client for Caller {
     async fn once(&mut self) -> Result {
-        let request = Request::builder()
-            .method(&self.method)
-            .uri(&self.path)
-            .header(header::HOST, "localhost")
-            .header(header::AUTHORIZATION, format!("Bearer {KEY}"))
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::new(self.body.clone()))?;
-        let response = self.sender.send_request(request).await?;
-        let status = response.status();
-        let body = response.into_body().collect().await?.to_bytes();
+        let (status, body) = ask(&mut self.sender, &self.method, &self.path, self.body.clone()).await?;
         if status.is_success() {
             Ok(())
         } else {

@@ -4,17 +4,17 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use http_body_util::{BodyExt, Full};
+use http_body_util::Full;
 use hyper::body::Bytes;
 use hyper::client::conn::http1::SendRequest;
-use hyper::{Method, Request, StatusCode, header};
+use hyper::{Method, StatusCode};
 use leasehold_server::app;
 use leasehold_server::config::WorkspaceLockMode;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::group::Group;
-use crate::lanes::http::{self, KEY, POOL, Service, TENANT};
+use crate::lanes::http::{self, POOL, Service, TENANT};
 use crate::measure::{Client, Clients, Lane, Sample};
 use crate::{Bench, Result};
 
@@ -28,16 +28,7 @@ struct Person(SendRequest<Full<Bytes>>);
 
 impl Person {
     async fn send(&mut self, method: Method, path: &str, body: &Value) -> Result<(StatusCode, Value)> {
-        let request = Request::builder()
-            .method(method)
-            .uri(path)
-            .header(header::HOST, "localhost")
-            .header(header::AUTHORIZATION, format!("Bearer {KEY}"))
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(Full::new(body.to_string().into()))?;
-        let response = self.0.send_request(request).await?;
-        let status = response.status();
-        let body = response.into_body().collect().await?.to_bytes();
+        let (status, body) = http::ask(&mut self.0, &method, path, body.to_string().into()).await?;
         Ok((status, serde_json::from_slice(&body)?))
     }
 }

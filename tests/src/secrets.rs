@@ -1,7 +1,12 @@
 //! What no answer and no line of a log may contain, whatever is tested: every answer and every line is looked at.
 
+use std::collections::BTreeSet;
+
 /// The password that services are given for their database. The test servers ask for none.
 pub const DATABASE_PASSWORD: &str = "the-password-of-the-database";
+
+/// The names that the tests give their tenants: they stand for nothing else.
+const TENANTS: [&str; 6] = ["acme", "globex", "hooli", "initech", "zeta", "demo"];
 
 /// Whether this answer is looked at: pages for people may show what a key looks like, and a new webhook's secret is told
 /// once.
@@ -10,11 +15,33 @@ pub fn may_have_none(place: &str) -> bool {
     place.contains(" /v1/") && !tells_a_secret
 }
 
-/// Fails if there is a secret, the address of the database or the text of a statement.
+/// Fails if there is a secret, the address of the database or the text of a statement, or, in what is about a tenant,
+/// the name of another.
 pub fn assert_none(place: &str, text: &str) {
-    if let Some(what) = found(text) {
+    let about = tenants(place);
+    let what = if about.is_empty() || tenants(text).is_subset(&about) {
+        found(text)
+    } else {
+        Some("another tenant's name")
+    };
+    if let Some(what) = what {
         panic!("{what} in {place}: {text}");
     }
+}
+
+/// As [`assert_none`], for a line of a log: it is about one tenant at most.
+pub fn assert_none_in_log(line: &str) {
+    let names = tenants(line);
+    assert!(
+        names.len() <= 1,
+        "the names {names:?} in one line of the log: {line}"
+    );
+    assert_none("the log", line);
+}
+
+fn tenants(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|character: char| !character.is_ascii_alphanumeric());
+    words.filter(|word| TENANTS.contains(word)).collect()
 }
 
 fn found(text: &str) -> Option<&'static str> {
@@ -55,6 +82,31 @@ fn found(text: &str) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_about_one_tenant_does_not_name_another() {
+        let fails = |check: &dyn Fn()| std::panic::catch_unwind(std::panic::AssertUnwindSafe(check)).is_err();
+        let of_acme = "the answer to GET /v1/tenants/acme/locks";
+        for (place, text, is_wrong) in [
+            (of_acme, r#"{"name":"workspace/acme/main"}"#, false),
+            (of_acme, r#"{"name":"workspace/globex/main"}"#, true),
+            (
+                "the answer to GET /v1/webhooks?tenant_id=acme",
+                r#"{"tenant_id":"globex"}"#,
+                true,
+            ),
+            ("the answer to GET /v1/tenants", r#"["acme","globex"]"#, false),
+        ] {
+            assert_eq!(fails(&|| assert_none(place, text)), is_wrong, "{place} {text}");
+        }
+        for (line, is_wrong) in [
+            (r#"request{path="/v1/tenants/acme/purge"} tenant="acme""#, false),
+            (r#"request{path="/v1/tenants/acme/purge"} tenant="globex""#, true),
+            (r#"a lock was lost lock="workspace/zeta/main""#, false),
+        ] {
+            assert_eq!(fails(&|| assert_none_in_log(line)), is_wrong, "{line}");
+        }
+    }
 
     #[test]
     fn secrets_are_found_and_words_are_not() {

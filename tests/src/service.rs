@@ -258,7 +258,7 @@ impl Drop for Service {
             eprintln!("the last log lines of the service:\n{}", log[last..].join("\n"));
         } else {
             for line in log {
-                secrets::assert_none("the log", &line);
+                secrets::assert_none_in_log(&line);
             }
         }
     }

@@ -140,12 +140,12 @@ fn members(object: &Value) -> Vec<&String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn dead_letters_are_listed_oldest_first_one_on_a_line_and_driven_again() {
     let world = World::start("lease").await;
-    let tenant = json!({"id": "other"});
+    let tenant = json!({"id": "globex"});
     world.api.send(post("/v1/tenants", &tenant)).await.expect(201);
     let why = "it cannot be done:\nsee\tthe \u{1b}[31mlog";
     work(
         &world,
-        &[("acme", "1"), ("acme", "2\nnew"), ("other", "3")],
+        &[("acme", "1"), ("acme", "2\nnew"), ("globex", "3")],
         3,
         why,
     )
@@ -176,7 +176,7 @@ async fn dead_letters_are_listed_oldest_first_one_on_a_line_and_driven_again() {
     let failed_at = failed_at.as_str().unwrap();
     assert_eq!(lines[0], format!("{id}  acme  reindex  1  {failed_at}  {whole}"));
     assert!(lines[1].contains("  acme  reindex  2\\nnew  "), "{text}");
-    let text = leasehold(&world, "queue dead-letters --tenant other")
+    let text = leasehold(&world, "queue dead-letters --tenant globex")
         .await
         .printed();
     assert_eq!(text.lines().collect::<Vec<_>>(), [lines[2]]);

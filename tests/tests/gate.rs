@@ -145,7 +145,7 @@ async fn a_drain_that_waits_holds_no_pooled_connection() {
     .await;
     let pool = bench.process.pool().state();
     assert_eq!(pool.open, pool.idle);
-    in_time("a write of another tenant", write(&bench.process, &["other"], 2))
+    in_time("a write of another tenant", write(&bench.process, &["globex"], 2))
         .await
         .unwrap();
     stranger.batch_execute("COMMIT").await.unwrap();
@@ -208,7 +208,7 @@ async fn a_server_that_does_not_answer_at_the_gate_is_not_waited_for() {
         in_time("the write", write(&bench.process, &["acme"], 1)),
         in_time(
             "the drain",
-            gate.drain("other", second, async |conn| insert(conn, 2).await)
+            gate.drain("globex", second, async |conn| insert(conn, 2).await)
         ),
     );
     entering.happened().await;

@@ -23,12 +23,12 @@ async fn order_of_answers(mode: &'static str) {
     let writer = world.key("writer", "writer", Some("acme")).await;
     world
         .api
-        .send(post("/v1/tenants", &json!({"id": "other"})))
+        .send(post("/v1/tenants", &json!({"id": "globex"})))
         .await
         .expect(201);
     world
         .api
-        .send(post("/v1/tenants/other/workspaces", &json!({"name": "main"})))
+        .send(post("/v1/tenants/globex/workspaces", &json!({"name": "main"})))
         .await
         .expect(201);
     let reader = world.key("reader", "reader", None).await;
@@ -45,7 +45,7 @@ async fn order_of_answers(mode: &'static str) {
 
     let holding = world.hold().await;
     let before = row().await;
-    let other = "/v1/tenants/other/workspaces/main/default-config/a";
+    let other = "/v1/tenants/globex/workspaces/main/default-config/a";
     let batch = format!("{WORKSPACE}/default-config/batch");
     let refused = [
         (

@@ -182,6 +182,8 @@ async fn gates_work_and_jobs_are_counted_and_every_metric_is_there() {
     .await;
 
     // A purge waits for the write, and whoever comes after it is refused.
+    let refused = scrape(api).await.of("leasehold_tenant_gate_refused_total", &[]);
+    assert_eq!(refused, 0.0);
     let holding = world.hold().await;
     let purge = {
         let api = api.clone();
@@ -195,7 +197,8 @@ async fn gates_work_and_jobs_are_counted_and_every_metric_is_there() {
     holding.go_on().await.expect(200);
     in_time("the purge", purge).await.unwrap().expect(200);
     let now = scrape(api).await;
-    assert_eq!(now.of("leasehold_tenant_gate_refused_total", &[]), 1.0);
+    // Whoever was to hand the event on may have come in that time, too.
+    assert!(now.of("leasehold_tenant_gate_refused_total", &[]) >= 1.0);
     assert_eq!(now.of("leasehold_tenant_drain_wait_seconds_count", &[]), 1.0);
 
     // The page for operators describes exactly what there is.

@@ -240,10 +240,10 @@ async fn the_other_exit_codes_are_those_of_sysexits_and_shells() {
     malformed.args(["run", "--name", "a", "--", "true"]);
     assert_eq!(code(malformed).await.0, Some(64));
 
-    let other = post("/v1/tenants", &json!({"id": "other"}));
+    let other = post("/v1/tenants", &json!({"id": "globex"}));
     world.api.send(other).await.expect(201);
     refused(&["--name", "a", "--", "true"], 64, "--tenant").await;
-    refused(&["--name", "a", "--tenant", "other", "--", "true"], 0, "").await;
+    refused(&["--name", "a", "--tenant", "globex", "--", "true"], 0, "").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

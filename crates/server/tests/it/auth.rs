@@ -77,13 +77,13 @@ async fn roles() {
     writer.delete(&lock).await.problem(403, "forbidden");
     one.delete(&lock).await.problem(404, "not_found");
     for api in [&reader, &writer, &one] {
-        api.post("/v1/tenants", json!({"id": "new"}))
+        api.post("/v1/tenants", json!({"id": "hooli"}))
             .await
             .problem(403, "forbidden");
         api.delete("/v1/tenants/acme").await.problem(403, "forbidden");
     }
-    admin.post("/v1/tenants", json!({"id": "new"})).await.is(201);
-    admin.delete("/v1/tenants/new").await.is(204);
+    admin.post("/v1/tenants", json!({"id": "hooli"})).await.is(201);
+    admin.delete("/v1/tenants/hooli").await.is(204);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -109,7 +109,7 @@ async fn a_key_of_one_tenant_sees_no_other() {
         "/workspaces/main/lock",
     ] {
         let others = one
-            .get(&format!("/v1/tenants/other{path}"))
+            .get(&format!("/v1/tenants/globex{path}"))
             .await
             .problem(404, "not_found");
         let nobodys = one
@@ -128,7 +128,7 @@ async fn a_key_of_one_tenant_sees_no_other() {
         (Method::PATCH, "/workspaces/main", json!({})),
     ];
     for (method, path, body) in writes {
-        let path = format!("/v1/tenants/other{path}");
+        let path = format!("/v1/tenants/globex{path}");
         one.send(method, &path, &[], Some(body.to_string()))
             .await
             .problem(404, "not_found");

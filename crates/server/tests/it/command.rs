@@ -242,7 +242,7 @@ async fn keys_are_made_listed_and_revoked() {
     assert!(key.starts_with("lh_") && key.lines().count() == 1, "{key}");
     let with_key = api.with_key(key.trim());
     with_key.get(MAIN).await.is(200);
-    with_key.get("/v1/tenants/other").await.problem(404, "not_found");
+    with_key.get("/v1/tenants/globex").await.problem(404, "not_found");
 
     let listed: Value = serde_json::from_slice(&of(&["keys", "list", "--json"]).stdout).unwrap();
     let ops = listed

@@ -47,7 +47,7 @@ async fn tenants(api: Api) {
         .iter()
         .map(|tenant| tenant["id"].clone())
         .collect();
-    assert_eq!(ids, ["acme", "other", "zeta"]);
+    assert_eq!(ids, ["acme", "globex", "zeta"]);
     assert_eq!(list["next_cursor"], Value::Null);
 
     let refused = api
@@ -621,7 +621,7 @@ async fn lists_are_paged_oldest_first(api: Api) {
     assert_eq!(all(&format!("{MAIN}/versions"), "version").await, versions);
     assert_eq!(
         all("/v1/tenants", "id").await,
-        ["acme", "other", "t9", "t8", "t7", "t6", "t5", "t4", "t3"]
+        ["acme", "globex", "t9", "t8", "t7", "t6", "t5", "t4", "t3"]
     );
     let names = all("/v1/tenants/acme/workspaces", "name").await;
     assert_eq!(names, ["main", "w9", "w8", "w7", "w6", "w5", "w4", "w3"]);

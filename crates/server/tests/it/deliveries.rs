@@ -97,7 +97,7 @@ async fn an_event_reaches_each_enabled_webhook_of_its_tenant() {
     ];
     let disabled = webhook(&api, "acme", &off.url()).await;
     api.patch(&disabled.path, json!({"enabled": false})).await.is(200);
-    webhook(&api, "other", &others.url()).await;
+    webhook(&api, "globex", &others.url()).await;
 
     let record = write(&api, "acme").await;
     api.put(&format!("{MAIN}/default-config/color"), json!({"value": "red"}))
@@ -234,7 +234,7 @@ async fn what_is_for_nobody_any_more_ends_quietly() {
             "disable" => drop(api.patch(&webhook.path, json!({"enabled": false})).await.is(200)),
             "delete" => assert_eq!(api.delete(&webhook.path).await.status, 204),
             _ => drop(
-                api.patch(&webhook.path, json!({"tenant_id": "other"}))
+                api.patch(&webhook.path, json!({"tenant_id": "globex"}))
                     .await
                     .is(200),
             ),
@@ -264,8 +264,8 @@ async fn a_purge_ends_what_is_pending_quietly() {
     receiver.answers(200);
     // What comes later is handed on as ever.
     let others = Receiver::start().await;
-    webhook(&api, "other", &others.url()).await;
-    write(&api, "other").await;
+    webhook(&api, "globex", &others.url()).await;
+    write(&api, "globex").await;
     eventually("it arrives", async || others.received().len() == 1).await;
     assert_eq!(receiver.received().len(), 2, "nothing more was sent");
     assert!(items(&api, "acme").await.is_empty() && dead(&api, "acme").await.is_empty());
@@ -278,7 +278,7 @@ async fn events_of_a_tenant_that_is_drained_stay_and_hold_nobody_up() {
     let (api, _deliveries) = start().await;
     let (receiver, others) = (Receiver::start().await, Receiver::start().await);
     webhook(&api, "acme", &receiver.url()).await;
-    webhook(&api, "other", &others.url()).await;
+    webhook(&api, "globex", &others.url()).await;
     let mut stranger = api.client().await;
     let drain = stranger.transaction().await.unwrap();
     let gate = "SELECT pg_advisory_xact_lock(leasehold.tenant_write_key('acme'))";
@@ -288,7 +288,7 @@ async fn events_of_a_tenant_that_is_drained_stay_and_hold_nobody_up() {
     api.client().await.execute(event, &[]).await.unwrap();
     for _ in 0..3 {
         let before = others.received().len();
-        write(&api, "other").await;
+        write(&api, "globex").await;
         eventually("another's event", async || others.received().len() > before).await;
     }
     assert_eq!(events(&api).await, 1);
@@ -304,7 +304,7 @@ async fn a_receiver_that_says_nothing_holds_up_its_tenant_alone() {
     let (silent, good) = (Receiver::start().await, Receiver::start().await);
     silent.hold_back();
     webhook(&api, "acme", &silent.url()).await;
-    webhook(&api, "other", &good.url()).await;
+    webhook(&api, "globex", &good.url()).await;
     // More than there are places for all tenants.
     api.client()
         .await
@@ -315,7 +315,7 @@ async fn a_receiver_that_says_nothing_holds_up_its_tenant_alone() {
         .unwrap();
     eventually("some are under way", async || silent.received().len() == 4).await;
     eventually("all are handed on", async || events(&api).await == 0).await;
-    write(&api, "other").await;
+    write(&api, "globex").await;
     eventually("it has arrived", async || good.received().len() == 1).await;
     assert_eq!(silent.received().len(), 4);
     // None of those that came too early has used up a try.

@@ -10,12 +10,12 @@ use serde_json::{Value, json};
 use crate::support::Api;
 
 const ERASE: &str = "/v1/feedback-records?user_id=alice";
-const TENANTS: [&str; 3] = ["acme", "other", "third"];
+const TENANTS: [&str; 3] = ["acme", "globex", "initech"];
 
 /// Three tenants: in each two records of alice and one of bob.
 async fn start() -> Api {
     let api = Api::start(WorkspaceLockMode::Lease).await;
-    api.post("/v1/tenants", json!({"id": "third"})).await.is(201);
+    api.post("/v1/tenants", json!({"id": "initech"})).await.is(201);
     for tenant in TENANTS {
         for user in ["alice", "bob", "alice"] {
             record(&api, tenant, user).await;
@@ -57,7 +57,7 @@ async fn a_user_is_erased_from_all_tenants() {
     let erased = api.delete(ERASE).await.is(200);
     assert_eq!(
         erased,
-        json!({"deleted": 6, "by_tenant": {"acme": 2, "other": 2, "third": 2}})
+        json!({"deleted": 6, "by_tenant": {"acme": 2, "globex": 2, "initech": 2}})
     );
     assert_eq!((left(&api, "alice").await, left(&api, "bob").await), (0, 3));
     for tenant in TENANTS {
@@ -90,13 +90,13 @@ async fn an_erasure_over_three_tenants_of_which_one_is_locked_changes_nothing() 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_erasure_filtered_to_a_free_tenant_proceeds() {
     let api = start().await;
-    let drain = api.close_gate("other").await;
-    let (before, free) = (api.rows("other").await, "&tenant_id=acme");
+    let drain = api.close_gate("globex").await;
+    let (before, free) = (api.rows("globex").await, "&tenant_id=acme");
     let erased = api.delete(&format!("{ERASE}{free}")).await.is(200);
     assert_eq!(erased, json!({"deleted": 2, "by_tenant": {"acme": 2}}));
-    let locked = api.delete(&format!("{ERASE}&tenant_id=other")).await;
+    let locked = api.delete(&format!("{ERASE}&tenant_id=globex")).await;
     locked.problem(409, "tenant_write_conflict");
-    assert_eq!(api.rows("other").await, before);
+    assert_eq!(api.rows("globex").await, before);
     drain.batch_execute("COMMIT").await.unwrap();
     assert_eq!(left(&api, "alice").await, 4);
 }
@@ -104,7 +104,7 @@ async fn an_erasure_filtered_to_a_free_tenant_proceeds() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_comes_up_in_another_tenant_meanwhile_is_erased_too() {
     let api = Arc::new(start().await);
-    api.delete(&format!("{ERASE}&tenant_id=third")).await.is(200);
+    api.delete(&format!("{ERASE}&tenant_id=initech")).await.is(200);
     // It has found out in which tenants alice is, and gets no further.
     let in_the_way = api.client().await;
     let lock =
@@ -113,10 +113,10 @@ async fn what_comes_up_in_another_tenant_meanwhile_is_erased_too() {
     let erasing = Arc::clone(&api);
     let erasure = tokio::spawn(async move { erasing.delete(ERASE).await });
     api.statements_wait(1).await;
-    record(&api, "third", "alice").await;
+    record(&api, "initech", "alice").await;
     in_the_way.batch_execute("COMMIT").await.unwrap();
     let erased = erasure.await.unwrap().is(200);
-    assert_eq!(erased["by_tenant"], json!({"acme": 2, "other": 2, "third": 1}));
+    assert_eq!(erased["by_tenant"], json!({"acme": 2, "globex": 2, "initech": 1}));
     assert_eq!(left(&api, "alice").await, 0);
     assert_eq!(
         api.events("acme").await.len(),
@@ -161,11 +161,11 @@ async fn who_may_erase_and_where() {
         somebody.delete(ERASE).await.problem(403, "forbidden");
     }
     let one = api.with_key(&api.new_key("one", Role::Admin, Some("acme")).await);
-    one.delete(&format!("{ERASE}&tenant_id=other"))
+    one.delete(&format!("{ERASE}&tenant_id=globex"))
         .await
         .problem(404, "not_found");
     // What is locked elsewhere is none of its business.
-    let drain = api.close_gate("other").await;
+    let drain = api.close_gate("globex").await;
     let erased = one.delete(ERASE).await.is(200);
     assert_eq!(erased, json!({"deleted": 2, "by_tenant": {"acme": 2}}));
     drain.batch_execute("COMMIT").await.unwrap();

@@ -152,7 +152,7 @@ async fn what_cannot_be_a_record() {
     for (bad, field) in [
         (json!({"user_id": ""}), "user_id"),
         (json!({"field_id": long}), "field_id"),
-        (json!({"tenant_id": "other"}), "tenant_id"),
+        (json!({"tenant_id": "globex"}), "tenant_id"),
     ] {
         let problem = api
             .patch(&path, bad.clone())
@@ -181,7 +181,7 @@ async fn what_cannot_be_a_record() {
 async fn lists_are_filtered_and_paged() {
     let api = start().await;
     for n in 0..4 {
-        for tenant in ["acme", "other"] {
+        for tenant in ["acme", "globex"] {
             for user in ["alice", "bob"] {
                 let new = json!({"tenant_id": tenant, "user_id": user, "value": n});
                 api.post(RECORDS, new).await.is(201);
@@ -210,7 +210,7 @@ async fn lists_are_filtered_and_paged() {
         }
     };
     assert_eq!(all(&api, "").await.len(), 16);
-    for tenant in ["acme", "other"] {
+    for tenant in ["acme", "globex"] {
         for user in ["alice", "bob"] {
             let expected: Vec<_> = (0..4).map(|n| (tenant.to_owned(), user.to_owned(), n)).collect();
             let filter = format!("&tenant_id={tenant}&user_id={user}");
@@ -238,7 +238,7 @@ async fn a_key_of_one_tenant_needs_not_say_which() {
     one.post(RECORDS, json!({"tenant_id": "acme", "value": 1}))
         .await
         .is(201);
-    one.post(RECORDS, json!({"tenant_id": "other", "value": 1}))
+    one.post(RECORDS, json!({"tenant_id": "globex", "value": 1}))
         .await
         .problem(404, "not_found");
     let reader = api.with_key(&api.new_key("reader", Role::Reader, Some("acme")).await);
@@ -289,7 +289,7 @@ async fn a_patch_that_changes_nothing_takes_no_lock_and_no_gate() {
 async fn a_record_that_moves_meanwhile_is_a_conflict_and_one_that_goes_is_not_found() {
     let api = Arc::new(start().await);
     let elsewhere = api.client().await;
-    let move_it = "UPDATE feedback_records SET tenant_id = 'other'";
+    let move_it = "UPDATE feedback_records SET tenant_id = 'globex'";
     let writes = [
         (Method::PATCH, Some(json!({"value": "mine"}).to_string())),
         (Method::DELETE, None),
@@ -312,7 +312,7 @@ async fn a_record_that_moves_meanwhile_is_a_conflict_and_one_that_goes_is_not_fo
             if status == 409 {
                 assert_eq!(
                     (&now.body["tenant_id"], &now.body["value"]),
-                    (&json!("other"), &json!({"stars": 5}))
+                    (&json!("globex"), &json!({"stars": 5}))
                 );
             }
         }

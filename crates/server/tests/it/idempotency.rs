@@ -142,10 +142,10 @@ async fn a_key_that_came_with_another_request_is_refused(api: Api) {
             "/v1/tenants".to_owned(),
             Some(json!({"id": "zeta"})),
         ),
-        (Method::DELETE, "/v1/tenants/other".to_owned(), None),
+        (Method::DELETE, "/v1/tenants/globex".to_owned(), None),
         (
             Method::POST,
-            "/v1/tenants/other/workspaces".to_owned(),
+            "/v1/tenants/globex/workspaces".to_owned(),
             Some(json!({"name": "second"})),
         ),
     ] {
@@ -225,7 +225,7 @@ async fn a_request_under_way_has_its_key(api: Api) {
     send(&api, "k", Method::POST, "/v1/tenants", body)
         .await
         .problem(409, "idempotency_in_progress");
-    put(&api, "other", "a", 1).await.problem(409, "workspace_locked");
+    put(&api, "globex", "a", 1).await.problem(409, "workspace_locked");
     let first = stuck.let_go().await;
     assert_eq!(first.status, 200);
     is_replay(&first, &put(&api, "k", "a", 1).await);
@@ -376,7 +376,7 @@ async fn an_answer_goes_with_what_it_tells_of(api: Api) {
         .await
         .is(201);
     let webhook = format!("/v1/webhooks/{}", webhook["id"].as_str().unwrap());
-    let body = json!({"tenant_id": "other"});
+    let body = json!({"tenant_id": "globex"});
     send(&api, "3", Method::PATCH, &webhook, Some(body)).await.is(200);
     let body = json!({"id": "zeta"});
     send(&api, "4", Method::POST, "/v1/tenants", Some(body))
@@ -391,7 +391,7 @@ async fn an_answer_goes_with_what_it_tells_of(api: Api) {
     let all = [
         of("1", Some("acme")),
         of("2", Some("acme")),
-        of("3", Some("other")),
+        of("3", Some("globex")),
         of("4", None),
         of("5", Some("zeta")),
     ];
@@ -405,7 +405,7 @@ async fn an_answer_goes_with_what_it_tells_of(api: Api) {
     api.delete("/v1/tenants/zeta").await.is(204);
     assert_eq!(
         owners(&api).await,
-        [of("3", Some("other")), of("4", None), of("6", None)]
+        [of("3", Some("globex")), of("4", None), of("6", None)]
     );
     // A tenant of the same id is another one.
     api.post("/v1/tenants", json!({"id": "zeta"})).await.is(201);

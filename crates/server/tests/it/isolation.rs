@@ -28,8 +28,8 @@ async fn every_operation_refuses_the_key_of_another_tenant() {
     let api = Api::start(WorkspaceLockMode::Lease).await;
     let things = Things::make(&api, "acme").await;
     // It has the same things under the same names, so that what is not kept apart is mixed up.
-    Things::make(&api, "other").await;
-    let stranger = admin_of(&api, "other").await;
+    Things::make(&api, "globex").await;
+    let stranger = admin_of(&api, "globex").await;
     let guard = api.hold("acme", "main").await;
     let before = api.rows("acme").await;
 
@@ -101,21 +101,21 @@ fn order(operation: &Operation) -> (u8, Reverse<usize>) {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_same_names_in_two_tenants_are_two_things() {
     let api = Api::start(WorkspaceLockMode::Lease).await;
-    for tenant in ["acme", "other"] {
+    for tenant in ["acme", "globex"] {
         let own = admin_of(&api, tenant).await;
         let path = format!("/v1/tenants/{tenant}/workspaces/main/default-config/color");
         own.put(&path, json!({"value": tenant})).await.is(200);
     }
-    for tenant in ["acme", "other"] {
+    for tenant in ["acme", "globex"] {
         let path = format!("/v1/tenants/{tenant}/workspaces/main/config");
         let config = api.get(&path).await.is(200);
         assert_eq!(config["values"], json!({"color": tenant}));
         assert_eq!(config["version"], 1);
     }
     api.purge("acme").await.is(200);
-    let kept = "/v1/tenants/other/workspaces/main/versions/1";
+    let kept = "/v1/tenants/globex/workspaces/main/versions/1";
     assert_eq!(
         api.get(kept).await.is(200)["snapshot"]["default_config"]["color"],
-        "other"
+        "globex"
     );
 }

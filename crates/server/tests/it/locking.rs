@@ -31,7 +31,7 @@ async fn the_order_of_answers_while_locked(api: Api) {
     let color = format!("{MAIN}/default-config/color");
     let stranger = api.with_key("lh_unknown");
     let reader = api.with_key(&api.new_key("r", Role::Reader, None).await);
-    let other = api.with_key(&api.new_key("o", Role::Writer, Some("other")).await);
+    let other = api.with_key(&api.new_key("o", Role::Writer, Some("globex")).await);
 
     let put = async |api: &Api, path: &str, body: &str| {
         api.send(Method::PUT, path, &[], Some(body.to_owned())).await
@@ -85,7 +85,7 @@ async fn the_order_of_answers_while_locked(api: Api) {
     // Neither is another workspace.
     put(
         &other,
-        "/v1/tenants/other/workspaces/main/default-config/a",
+        "/v1/tenants/globex/workspaces/main/default-config/a",
         &valid,
     )
     .await
@@ -291,7 +291,7 @@ async fn a_lock_can_be_taken_away(api: Api) {
         .delete(&format!("{lock}?reason=mine"))
         .await
         .problem(403, "forbidden");
-    let foreign = api.with_key(&api.new_key("f", Role::Admin, Some("other")).await);
+    let foreign = api.with_key(&api.new_key("f", Role::Admin, Some("globex")).await);
     foreign
         .delete(&format!("{lock}?reason=mine"))
         .await

@@ -477,7 +477,7 @@ async fn locks_are_listed_by_tenant_and_page() {
     for name in ["c", "a", "b", "e%2Ff", "d"] {
         acquire(&api, name, json!({"ttl_ms": 60_000})).await.is(200);
     }
-    let elsewhere = "/v1/tenants/other/locks/a/acquire";
+    let elsewhere = "/v1/tenants/globex/locks/a/acquire";
     api.post(elsewhere, json!({"ttl_ms": 60_000})).await.is(200);
     // A name that only begins alike is another tenant's, and one with more parts is no lock of this kind.
     let locks = api.db.leases();
@@ -525,9 +525,9 @@ async fn locks_are_listed_by_tenant_and_page() {
     api.get(&format!("{LOCKS}?limit=201"))
         .await
         .problem(422, "invalid_request");
-    let reader = api.with_key(&api.new_key("r", Role::Reader, Some("other")).await);
+    let reader = api.with_key(&api.new_key("r", Role::Reader, Some("globex")).await);
     reader.get(LOCKS).await.problem(404, "not_found");
-    let items = reader.get("/v1/tenants/other/locks").await.is(200)["items"].clone();
+    let items = reader.get("/v1/tenants/globex/locks").await.is(200)["items"].clone();
     assert_eq!(items.as_array().unwrap().len(), 1);
 }
 

@@ -15,6 +15,7 @@ mod isolation;
 mod jobs_api;
 mod locking;
 mod locks;
+mod log;
 mod metrics;
 mod operations;
 mod purge;

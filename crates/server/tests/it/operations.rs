@@ -156,7 +156,7 @@ impl Operation {
         self.described.get("requestBody")?;
         let tenant = &things.tenant;
         Some(match self.id.as_str() {
-            "create_tenant" => json!({"id": "made"}),
+            "create_tenant" => json!({"id": "hooli"}),
             "create_workspace" => json!({"name": "made"}),
             "update_workspace" => json!({"description": "changed"}),
             "put_default_config" => json!({"value": "changed"}),

@@ -66,14 +66,14 @@ async fn fill(api: &Api, tenant: &str) -> Things {
 }
 
 async fn a_purge_takes_everything_and_counts_it(api: Api) {
-    for tenant in ["acme", "other"] {
+    for tenant in ["acme", "globex"] {
         fill(&api, tenant).await;
     }
     let key = api.new_key("one", Role::Admin, Some("acme")).await;
     let audit =
         "INSERT INTO leasehold.lock_audit (name, released_by, reason) VALUES ('|4:acme', 'root', 'test')";
     api.client().await.batch_execute(audit).await.unwrap();
-    let (counts, others) = (api.counts("acme").await, api.rows("other").await);
+    let (counts, others) = (api.counts("acme").await, api.rows("globex").await);
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
 
     let purged = api.purge("acme").await.is(200);
@@ -81,7 +81,7 @@ async fn a_purge_takes_everything_and_counts_it(api: Api) {
     assert_eq!(purged["deleted"], counted(&counts));
     assert!(purged["waited_ms"].is_u64(), "{purged:#}");
     assert_eq!(api.counts("acme").await, [0; TABLES.len()]);
-    assert_eq!(api.rows("other").await, others, "another tenant's rows stay");
+    assert_eq!(api.rows("globex").await, others, "another tenant's rows stay");
 
     let one = api.with_key(&key);
     one.get("/v1/tenants/acme").await.is(200);
@@ -208,8 +208,8 @@ async fn every_write_is_refused_while_a_purge_waits(api: Api) {
 
     all_writes_are_refused(&api, &things).await;
     assert_eq!(api.rows("acme").await, before, "also nothing in the outbox");
-    let others = api.with_key(&api.new_key("other", Role::Admin, Some("other")).await);
-    all_writes_succeed(&others, "other").await;
+    let others = api.with_key(&api.new_key("globex", Role::Admin, Some("globex")).await);
+    all_writes_succeed(&others, "globex").await;
     assert!(!purge.is_finished());
 
     writer.batch_execute("COMMIT").await.unwrap();
@@ -232,8 +232,8 @@ async fn every_write_is_refused_while_a_purge_goes_on(api: Api) {
 
     all_writes_are_refused(&api, &things).await;
     assert_eq!(api.rows("acme").await, before, "also nothing in the outbox");
-    let others = api.with_key(&api.new_key("other", Role::Admin, Some("other")).await);
-    all_writes_succeed(&others, "other").await;
+    let others = api.with_key(&api.new_key("globex", Role::Admin, Some("globex")).await);
+    all_writes_succeed(&others, "globex").await;
     assert!(!purge.is_finished());
 
     in_the_way.batch_execute("COMMIT").await.unwrap();
@@ -355,7 +355,7 @@ async fn only_an_admin_purges_and_only_a_tenant_of_its_own() {
     for (role, tenant, status, code) in [
         (Role::Reader, None, 403, "forbidden"),
         (Role::Writer, Some("acme"), 403, "forbidden"),
-        (Role::Admin, Some("other"), 404, "not_found"),
+        (Role::Admin, Some("globex"), 404, "not_found"),
     ] {
         let somebody = api.with_key(&api.new_key("somebody", role, tenant).await);
         somebody.purge("acme").await.problem(status, code);

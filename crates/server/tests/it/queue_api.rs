@@ -37,7 +37,7 @@ async fn give_up(api: &Api, items: usize) {
 async fn items_are_listed_in_pages_for_their_tenant() {
     let api = Api::start(WorkspaceLockMode::Lease).await;
     enqueue(&api, "acme", 0..3).await;
-    enqueue(&api, "other", 0..1).await;
+    enqueue(&api, "globex", 0..1).await;
     let queue = api.db.work_queue();
     queue
         .claim(&ClaimRequest::new(["reindex"], "test"))
@@ -69,7 +69,7 @@ async fn items_are_listed_in_pages_for_their_tenant() {
         3
     );
     reader
-        .get("/v1/tenants/other/work-items")
+        .get("/v1/tenants/globex/work-items")
         .await
         .problem(404, "not_found");
     api.get("/v1/tenants/nobody/work-items")
@@ -105,7 +105,7 @@ async fn dead_letters_are_listed_and_driven_again() {
     let writer = api.with_key(&api.new_key("writer", Role::Writer, Some("acme")).await);
     let redrive = format!("{path}/{id}/redrive");
     writer.post(&redrive, Value::Null).await.problem(403, "forbidden");
-    let elsewhere = format!("/v1/tenants/other/dead-letters/{id}/redrive");
+    let elsewhere = format!("/v1/tenants/globex/dead-letters/{id}/redrive");
     api.post(&elsewhere, Value::Null).await.problem(404, "not_found");
     api.post(&format!("{path}/0/redrive"), Value::Null)
         .await
@@ -160,7 +160,7 @@ async fn stats_count_by_kind_and_state() {
     enqueue(&api, "acme", 0..1).await;
     give_up(&api, 1).await;
     enqueue(&api, "acme", 1..3).await;
-    enqueue(&api, "other", 0..2).await;
+    enqueue(&api, "globex", 0..2).await;
     let queue = api.db.work_queue();
     queue
         .claim(&ClaimRequest::new(["reindex"], "test"))

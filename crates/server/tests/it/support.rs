@@ -21,7 +21,7 @@ use tokio_postgres::{Client, NoTls};
 use tower::ServiceExt;
 use uuid::Uuid;
 
-use crate::secrets;
+use crate::{log, secrets};
 
 /// How long a state may take to come. Only a fault takes so long.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -50,6 +50,7 @@ impl Api {
 
     /// Another instance on the same database.
     pub(crate) async fn start_on(url: &str, settings: Settings) -> Self {
+        log::keep();
         let options = ConnectOptions::parse(url, None).unwrap();
         let db = Database::connect(options, 4).await.unwrap();
         let state = AppState::new(db.clone(), settings).unwrap();
@@ -62,7 +63,7 @@ impl Api {
             key: String::new(),
         };
         api.key = api.new_key("root", Role::Admin, None).await;
-        for tenant in ["acme", "other"] {
+        for tenant in ["acme", "globex"] {
             api.post("/v1/tenants", json!({"id": tenant})).await;
             api.post(
                 &format!("/v1/tenants/{tenant}/workspaces"),
@@ -187,6 +188,14 @@ impl Api {
     /// A connection that knows nothing of the service.
     pub(crate) async fn client(&self) -> Client {
         client(&self.url).await
+    }
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            log::look();
+        }
     }
 }
 

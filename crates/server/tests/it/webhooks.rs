@@ -195,7 +195,7 @@ async fn a_tenant_has_a_hundred_at_most() {
         .await
         .problem(422, "invalid_request");
     assert_eq!(problem["errors"][0]["field"], "tenant_id");
-    make(&api, "other").await;
+    make(&api, "globex").await;
     api.delete(&last).await.is(204);
     make(&api, "acme").await;
 }
@@ -221,10 +221,10 @@ async fn only_admins_see_them() {
     let one = api.with_key(&api.new_key("one", Role::Admin, Some("acme")).await);
     let made = one.post(WEBHOOKS, json!({"url": URL})).await.is(201);
     assert_eq!(made["tenant_id"], "acme");
-    one.post(WEBHOOKS, json!({"tenant_id": "other", "url": URL}))
+    one.post(WEBHOOKS, json!({"tenant_id": "globex", "url": URL}))
         .await
         .problem(404, "not_found");
-    make(&api, "other").await;
+    make(&api, "globex").await;
     let tenants = async |api: &Api, query: &str| {
         let list = api.get(&format!("{WEBHOOKS}{query}")).await.is(200);
         let items = list["items"].as_array().unwrap().iter();
@@ -233,8 +233,8 @@ async fn only_admins_see_them() {
             .collect::<Vec<Value>>()
     };
     assert_eq!(tenants(&one, "").await, ["acme", "acme"]);
-    assert_eq!(tenants(&api, "").await, ["acme", "acme", "other"]);
-    assert_eq!(tenants(&api, "?tenant_id=other").await, ["other"]);
+    assert_eq!(tenants(&api, "").await, ["acme", "acme", "globex"]);
+    assert_eq!(tenants(&api, "?tenant_id=globex").await, ["globex"]);
     api.get(&format!("{WEBHOOKS}?tenant_id=none"))
         .await
         .problem(404, "not_found");
@@ -244,47 +244,47 @@ async fn only_admins_see_them() {
 async fn a_move_locks_both_tenants() {
     let api = start().await;
     let path = make(&api, "acme").await;
-    let (acme, other) = (api.rows("acme").await, api.rows("other").await);
-    for drained in ["acme", "other"] {
+    let (acme, other) = (api.rows("acme").await, api.rows("globex").await);
+    for drained in ["acme", "globex"] {
         let drain = api.close_gate(drained).await;
         let refused = api
-            .patch(&path, json!({"tenant_id": "other"}))
+            .patch(&path, json!({"tenant_id": "globex"}))
             .await
             .problem(409, "tenant_write_conflict");
         assert_eq!(refused["reason"], "purge_in_progress");
         assert_eq!(
-            (api.rows("acme").await, api.rows("other").await),
+            (api.rows("acme").await, api.rows("globex").await),
             (acme.clone(), other.clone()),
             "{drained}"
         );
         drain.batch_execute("COMMIT").await.unwrap();
     }
     // What stays in its tenant needs the other one's gate no more.
-    let drain = api.close_gate("other").await;
+    let drain = api.close_gate("globex").await;
     api.patch(&path, json!({"enabled": false})).await.is(200);
     api.patch(&path, json!({"tenant_id": "acme"})).await.is(200);
     drain.batch_execute("COMMIT").await.unwrap();
 
     let moved = api
-        .patch(&path, json!({"tenant_id": "other", "enabled": true}))
+        .patch(&path, json!({"tenant_id": "globex", "enabled": true}))
         .await
         .is(200);
     assert_eq!(
         (&moved["tenant_id"], &moved["enabled"]),
-        (&json!("other"), &json!(true))
+        (&json!("globex"), &json!(true))
     );
     assert_eq!(api.get(&path).await.is(200), moved);
     assert_eq!(api.purge("acme").await.is(200)["deleted"]["webhooks"], 0);
-    assert_eq!(api.purge("other").await.is(200)["deleted"]["webhooks"], 1);
+    assert_eq!(api.purge("globex").await.is(200)["deleted"]["webhooks"], 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_webhook_that_moves_meanwhile_is_a_conflict() {
     let api = Arc::new(start().await);
-    api.post("/v1/tenants", json!({"id": "third"})).await.is(201);
+    api.post("/v1/tenants", json!({"id": "initech"})).await.is(201);
     let path = make(&api, "acme").await;
     let writes = [
-        (Method::PATCH, Some(json!({"tenant_id": "third"}).to_string())),
+        (Method::PATCH, Some(json!({"tenant_id": "initech"}).to_string())),
         (Method::DELETE, None),
     ];
     let elsewhere = api.client().await;
@@ -292,7 +292,7 @@ async fn a_webhook_that_moves_meanwhile_is_a_conflict() {
         for statement in [
             "UPDATE webhooks SET tenant_id = 'acme'",
             "BEGIN",
-            "UPDATE webhooks SET tenant_id = 'other'",
+            "UPDATE webhooks SET tenant_id = 'globex'",
         ] {
             elsewhere.batch_execute(statement).await.unwrap();
         }
@@ -301,7 +301,7 @@ async fn a_webhook_that_moves_meanwhile_is_a_conflict() {
         api.statements_wait(1).await;
         elsewhere.batch_execute("COMMIT").await.unwrap();
         write.await.unwrap().problem(409, "modified_concurrently");
-        assert_eq!(api.get(&path).await.is(200)["tenant_id"], "other");
+        assert_eq!(api.get(&path).await.is(200)["tenant_id"], "globex");
     }
 }
 
@@ -310,21 +310,21 @@ async fn only_who_sees_both_tenants_moves_one() {
     let api = start().await;
     let path = make(&api, "acme").await;
     let acme = api.with_key(&api.new_key("one", Role::Admin, Some("acme")).await);
-    let other = api.with_key(&api.new_key("one", Role::Admin, Some("other")).await);
-    for tenant in ["other", "none"] {
+    let other = api.with_key(&api.new_key("one", Role::Admin, Some("globex")).await);
+    for tenant in ["globex", "none"] {
         acme.patch(&path, json!({"tenant_id": tenant}))
             .await
             .problem(404, "not_found");
     }
     other
-        .patch(&path, json!({"tenant_id": "other"}))
+        .patch(&path, json!({"tenant_id": "globex"}))
         .await
         .problem(404, "not_found");
     api.patch(&path, json!({"tenant_id": "none"}))
         .await
         .problem(404, "not_found");
     assert_eq!(acme.get(&path).await.is(200)["tenant_id"], "acme");
-    api.patch(&path, json!({"tenant_id": "other"})).await.is(200);
+    api.patch(&path, json!({"tenant_id": "globex"})).await.is(200);
     acme.get(&path).await.problem(404, "not_found");
     other.get(&path).await.is(200);
 }
@@ -352,12 +352,12 @@ async fn a_patch_that_changes_nothing_takes_no_lock_and_no_gate() {
 #[tokio::test(flavor = "multi_thread")]
 async fn webhooks_that_swap_their_tenants_do_not_deadlock() {
     let api = Arc::new(start().await);
-    let (one, two) = (make(&api, "acme").await, make(&api, "other").await);
+    let (one, two) = (make(&api, "acme").await, make(&api, "globex").await);
     for round in 0..20 {
         let (there, back) = if round % 2 == 0 {
-            ("other", "acme")
+            ("globex", "acme")
         } else {
-            ("acme", "other")
+            ("acme", "globex")
         };
         let moves = [(one.clone(), there), (two.clone(), back)].map(|(path, to)| {
             let api = Arc::clone(&api);

@@ -81,9 +81,9 @@ async fn a_closed_gate_refuses_every_write_of_a_workspace(api: Api) {
     api.get(&format!("{MAIN}/lock")).await.problem(404, "not_found");
 
     // Other tenants do not notice, nor do those who read.
-    let others = "/v1/tenants/other/workspaces/main/default-config/a";
+    let others = "/v1/tenants/globex/workspaces/main/default-config/a";
     api.put(others, json!({"value": 1})).await.is(200);
-    api.post("/v1/tenants", json!({"id": "third"})).await.is(201);
+    api.post("/v1/tenants", json!({"id": "initech"})).await.is(201);
     for read in ["", "/config", "/versions", "/default-config", "/contexts"] {
         api.get(&format!("{MAIN}{read}")).await.is(200);
     }
@@ -282,14 +282,14 @@ async fn committed_writes_leave_events_and_others_none(api: Api) {
         .problem(404, "not_found");
 
     assert_eq!(api.events("acme").await, expected);
-    assert_eq!(api.events("other").await.len(), 1, "that of the start");
+    assert_eq!(api.events("globex").await.len(), 1, "that of the start");
 }
 
 /// Whoever writes by another program passes the gate too, and need not know of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_tables_refuse_what_bypasses_the_gate() {
     let api = Api::start(WorkspaceLockMode::Lease).await;
-    for tenant in ["acme", "other"] {
+    for tenant in ["acme", "globex"] {
         let main = format!("/v1/tenants/{tenant}/workspaces/main");
         api.put(&format!("{main}/default-config/a"), json!({"value": 1}))
             .await
@@ -333,7 +333,7 @@ async fn the_tables_refuse_what_bypasses_the_gate() {
             "{write}: {refused}"
         );
     }
-    for write in writes("other") {
+    for write in writes("globex") {
         assert!(client.execute(&write, &[]).await.unwrap() > 0, "{write}");
     }
     // What happens to the lock of a workspace is no write of the tenant.
@@ -342,7 +342,7 @@ async fn the_tables_refuse_what_bypasses_the_gate() {
     for write in writes("acme") {
         assert!(client.execute(&write, &[]).await.unwrap() > 0, "{write}");
     }
-    let bad = "INSERT INTO workspaces (tenant_id, name) VALUES ('other', 'No Name')";
+    let bad = "INSERT INTO workspaces (tenant_id, name) VALUES ('globex', 'No Name')";
     let refused = client.execute(bad, &[]).await.unwrap_err();
     assert_eq!(refused.code(), Some(&SqlState::CHECK_VIOLATION), "{refused}");
 }

@@ -145,6 +145,47 @@ async fn attempts_waits_and_holds_are_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn transaction_locks_are_counted() {
+    let world = World::start("advisory").await;
+    let api = &world.api;
+    let transaction = &[r#"backend="transaction""#][..];
+    let ended = |outcome: &str| {
+        let outcome = format!(r#"outcome="{outcome}""#);
+        async move {
+            scrape(api)
+                .await
+                .of("leasehold_lock_acquire_total", &[transaction[0], &outcome])
+        }
+    };
+    let holds = "leasehold_lock_hold_seconds_count";
+    let (acquired, held) = (ended("acquired").await, scrape(api).await.of(holds, transaction));
+    api.send(put_key("key", 1)).await.expect(200);
+    assert_eq!(ended("acquired").await, acquired + 1.0);
+    comes_to(api, holds, transaction, |holds| holds == held + 1.0).await;
+
+    let holding = world.hold().await;
+    comes_to(api, "leasehold_lock_held", transaction, |held| held == 1.0).await;
+    api.send(put_key("key", 2)).await.expect(409);
+    assert_eq!(ended("contended").await, 1.0);
+    let waiter = {
+        let (api, write) = (api.clone(), put_key("key", 3).header("prefer", "wait=30"));
+        tokio::spawn(async move { api.send(write).await })
+    };
+    comes_to(api, "leasehold_lock_waiting", transaction, |waiting| {
+        waiting == 1.0
+    })
+    .await;
+    // Its session is ended under it: it writes nothing, and the one that waits is next.
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_database d ON d.oid = database
+               WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted AND datname = current_database()";
+    assert_eq!(world.client.query(end, &[]).await.unwrap().len(), 1);
+    in_time("the waiter", waiter).await.unwrap().expect(200);
+    holding.go_on().await.expect(409);
+    comes_to(api, "leasehold_lock_lost_total", transaction, |lost| lost == 1.0).await;
+    comes_to(api, "leasehold_lock_held", transaction, |held| held == 0.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn gates_work_and_jobs_are_counted_and_every_metric_is_there() {
     let world = World::start_with("lease", |service| service.set("WEBHOOK_ALLOW_PRIVATE", "true")).await;
     let api = &world.api;

@@ -299,7 +299,9 @@ impl Database {
                         })
                     }
                     Err(error) => {
-                        rollback(checkout).await;
+                        if rollback(checkout).await == RolledBack::Gone {
+                            self.process.holds.lose(lock_id);
+                        }
                         Err(TransactionError::Work(error))
                     }
                 };

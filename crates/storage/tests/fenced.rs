@@ -10,6 +10,7 @@ use leasehold_domain::{
 use leasehold_storage::{Database, TransactionError};
 use tokio_postgres::Client;
 
+use crate::support::measured::measured;
 use crate::support::{TestDatabase, eventually};
 
 type Failure = diesel::result::Error;
@@ -506,4 +507,41 @@ async fn tokens_rise_for_ever() {
             }
         }
     }
+}
+
+/// Ends whoever has the transaction lock, from outside.
+async fn end_the_holder(client: &Client) {
+    let end = "SELECT pg_terminate_backend(l.pid, 5000) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+               WHERE l.locktype = 'advisory' AND l.mode = 'ExclusiveLock' AND l.granted
+                 AND a.datname = current_database()";
+    assert_eq!(client.query(end, &[]).await.unwrap().len(), 1);
+}
+
+/// A transaction lock goes with its session, whoever ends that: the hold is counted as lost and its guard is told,
+/// in the middle of the work as between two statements.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_lock_whose_session_is_ended_is_lost() {
+    let measured = measured();
+    let lost = || measured.counter(r#"leasehold_lock_lost_total{backend="transaction"}"#);
+    let bench = Bench::start().await;
+    let lock = bench.lock(Mode::Transaction);
+
+    let guard = lock.try_acquire(&request()).await.unwrap();
+    let before = lost();
+    let failed = bench.process.fenced_transaction(&guard, async |conn| {
+        end_the_holder(&bench.client).await;
+        insert(conn, 1).await
+    });
+    let failed = failed.await;
+    assert!(matches!(failed, Err(TransactionError::Work(_))), "{failed:?}");
+    assert!(guard.is_lost());
+    assert!(lost() > before);
+    assert_eq!(lock.release(guard).await.unwrap(), Released::AlreadyGone);
+
+    let guard = lock.try_acquire(&request()).await.unwrap();
+    let before = lost();
+    end_the_holder(&bench.client).await;
+    assert_eq!(lock.release(guard).await.unwrap(), Released::AlreadyGone);
+    assert!(lost() > before);
+    assert_eq!(bench.written().await, [0; 0]);
 }

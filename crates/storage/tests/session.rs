@@ -17,13 +17,13 @@ use leasehold_domain::{
 use leasehold_embedded::Cluster;
 use leasehold_storage::advisory::{AdvisoryKey, compat};
 use leasehold_storage::{ConnectOptions, Database, PgSessionLock};
-use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 use tokio::task::JoinSet;
 use tokio_postgres::Client;
 
 use self::injector::Injector;
+use crate::support::measured::measured;
 use crate::support::pooler::{Next, Pooler};
 use crate::support::{TestDatabase, eventually};
 
@@ -633,7 +633,7 @@ async fn shared_holders_of_a_process_are_one_in_the_server() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_unlock_behind_the_back_is_told() {
-    let measured = PrometheusBuilder::new().install_recorder().unwrap();
+    let measured = measured();
     for statement in ["SELECT pg_advisory_unlock_all()", "DISCARD ALL"] {
         let bench = Bench::start().await;
         let mut injector = Injector::start(&bench.database).await;
@@ -677,10 +677,8 @@ async fn an_unlock_behind_the_back_is_told() {
             .unwrap();
         give_back(&locks, again).await;
     }
-    let text = measured.render();
     // After the second statement the server has forgotten how to unlock, and says so.
-    let counted = "leasehold_unlock_false_total 1";
-    assert!(text.lines().any(|line| line == counted), "{text}");
+    assert_eq!(measured.counter("leasehold_unlock_false_total"), 1);
 }
 
 /// The process of `a_stopped_process_loses_its_locks`.

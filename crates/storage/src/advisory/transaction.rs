@@ -481,7 +481,11 @@ impl DistributedLock for PgTransactionLock {
                 None => RolledBack::Gone,
             };
             let lost = guard.is_lost();
-            self.process.holds.remove(guard.lock_id());
+            if ended == RolledBack::Gone {
+                self.process.holds.lose(guard.lock_id());
+            } else {
+                self.process.holds.remove(guard.lock_id());
+            }
             let name = guard.name().clone();
             guard.defuse();
             self.process.freed(&name);

@@ -14,6 +14,7 @@ use tokio::sync::{Notify, Semaphore, mpsc};
 
 use super::{Bench, BoxError, Event, Heard, Run, recorder, request, work};
 use crate::support::eventually;
+use crate::support::measured::measured;
 
 /// More than any test takes.
 const LONG: Duration = Duration::from_secs(60);
@@ -296,9 +297,13 @@ async fn an_unextended_claim_cancels_its_work() {
     }
 }
 
+const LOST: &str = "leasehold_queue_lost_total";
+
 /// A worker whose item somebody else has taken stops working on it, and changes nothing of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_claim_cancels_its_work() {
+    let measured = measured();
+    let before = measured.counter(LOST);
     let bench = Bench::start().await;
     bench.enqueue([1]).await;
     let begun = Arc::new(Notify::new());
@@ -331,6 +336,7 @@ async fn a_lost_claim_cancels_its_work() {
         _ => None,
     });
     assert_eq!(lost.await, ("1".to_owned(), Dropped::Lost));
+    assert!(measured.counter(LOST) > before);
     worker.stop(LONG).await;
     let outcome = bench.queue.complete(&[taken[0].key]).await.unwrap();
     assert_eq!(outcome, [Outcome::Done]);

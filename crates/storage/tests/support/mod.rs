@@ -10,6 +10,7 @@ use leasehold_storage::migrate::Migrations;
 use tokio_postgres::{Client, Config, NoTls, error::SqlState};
 use uuid::Uuid;
 
+pub(crate) mod measured;
 pub(crate) mod pooler;
 
 /// How long a state may take to come. Only a fault takes so long.

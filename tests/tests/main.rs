@@ -22,4 +22,5 @@ mod locked;
 mod metrics;
 mod purge_race;
 mod run;
+mod terminal;
 mod world;

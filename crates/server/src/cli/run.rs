@@ -1,7 +1,7 @@
 //! `leasehold run`: a command under a lock.
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitCode, ExitStatus};
 use std::time::{Duration, Instant};
@@ -161,8 +161,8 @@ async fn acquire_and_run(args: &RunArgs, db: &Database, signals: &mut Signals) -
         signal = signals.next() => return Ok(KILLED + number(signal)),
     };
     let guard = acquired?;
-    let ended = match start(args, &guard) {
-        Ok(child) => attend(child, &guard, signals).await,
+    let ended = match Stops::listen().and_then(|stops| Ok((start(args, &guard)?, stops))) {
+        Ok((child, stops)) => attend(child, &guard, signals, stops).await,
         Err(error) => {
             let code = match error.kind() {
                 io::ErrorKind::NotFound => NOT_FOUND,
@@ -263,15 +263,28 @@ async fn attend(
     mut child: Child,
     guard: &LockGuard,
     signals: &mut Signals,
+    mut stops: Stops,
 ) -> io::Result<Option<ExitStatus>> {
     let id = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
     let group = id.ok_or_else(|| io::Error::other("it has no process id"))?;
-    let terminal = Terminal::of_stdin();
+    let terminal = Terminal::of_stdin(group);
     if let Some(terminal) = &terminal {
-        terminal.lend(group);
+        terminal.lend();
     }
-    let mut children = signal(SignalKind::child())?;
     let ended = loop {
+        if let Some(terminal) = &terminal
+            && let Some(by) = stopped(group)
+        {
+            let wants_terminal = [Signal::TTIN, Signal::TTOU].contains(&by);
+            if !(wants_terminal && terminal.is_in_foreground()) {
+                stop_along(terminal);
+            }
+            if guard.is_lost() {
+                break end(&mut child, group).await.map(|_| None);
+            }
+            terminal.lend();
+            _ = kill_process_group(group, Signal::CONT);
+        }
         tokio::select! {
             biased;
             status = child.wait() => break status.map(Some),
@@ -280,9 +293,10 @@ async fn attend(
             signal = signals.next() => {
                 _ = kill_process_group(group, signal);
             }
-            _ = children.recv() => if let Some(terminal) = &terminal {
-                stop_along(terminal, group);
-            },
+            Some(()) = async { stops.asked.as_mut()?.recv().await } => {
+                _ = kill_process_group(group, Signal::TSTP);
+            }
+            _ = stops.children.recv() => {}
         }
     };
     if let Some(terminal) = &terminal {
@@ -291,16 +305,38 @@ async fn attend(
     ended
 }
 
-/// When Ctrl-Z has stopped the command, its shell waits for us to stop as well. Until it lets us go on the lock is not
-/// renewed.
-fn stop_along(terminal: &Terminal, group: Pid) {
-    let stopped = waitid(WaitId::Pid(group), WaitIdOptions::STOPPED | WaitIdOptions::NOHANG);
-    if !matches!(stopped, Ok(Some(_))) {
-        return;
+/// What is to be known from before the command starts, so that no stop is missed.
+#[derive(Debug)]
+struct Stops {
+    /// The command stops, goes on or ends.
+    children: tokio::signal::unix::Signal,
+    /// Ctrl-Z, while the terminal is ours.
+    asked: Option<tokio::signal::unix::Signal>,
+}
+
+impl Stops {
+    fn listen() -> io::Result<Self> {
+        let stop = SignalKind::from_raw(Signal::TSTP.as_raw());
+        let asked = io::stdin().is_terminal().then(|| signal(stop));
+        Ok(Self {
+            children: signal(SignalKind::child())?,
+            asked: asked.transpose()?,
+        })
     }
+}
+
+/// Which signal has stopped the command, told once.
+fn stopped(command: Pid) -> Option<Signal> {
+    let options = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG;
+    let status = waitid(WaitId::Pid(command), options).ok()??;
+    Signal::from_named_raw(status.stopping_signal()?)
+}
+
+/// When Ctrl-Z has stopped the command, or it wants to read in the background, its shell waits for us to stop as well.
+/// Until the shell lets us go on the lock is not renewed.
+fn stop_along(terminal: &Terminal) {
     terminal.take_back();
     _ = kill_process_group(rustix::process::getpgrp(), Signal::STOP);
-    terminal.lend(group);
 }
 
 /// Asks the command to end, and then makes it, with all that it has started in its group.

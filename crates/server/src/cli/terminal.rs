@@ -6,34 +6,48 @@
 use std::thread;
 
 use nix::sys::signal::{SigSet, Signal as BlockedSignal};
-use rustix::process::{Pid, Signal, getpgrp, kill_process_group};
+use rustix::process::{Pid, getpgrp};
 use rustix::stdio::stdin;
 use rustix::termios::{tcgetpgrp, tcsetpgrp};
 
-/// The terminal that standard input is, while it listens to us.
+/// The terminal that standard input is.
 #[derive(Debug)]
 pub(crate) struct Terminal {
     own_group: Pid,
+    command: Pid,
 }
 
 impl Terminal {
-    /// `None` when standard input is no terminal, or one that listens to somebody else.
-    pub(crate) fn of_stdin() -> Option<Self> {
-        let own_group = getpgrp();
-        let listens_to = tcgetpgrp(stdin()).ok()?;
-        (listens_to == own_group).then_some(Self { own_group })
+    /// `None` when standard input is no terminal.
+    pub(crate) fn of_stdin(command: Pid) -> Option<Self> {
+        tcgetpgrp(stdin()).ok()?;
+        Some(Self {
+            own_group: getpgrp(),
+            command,
+        })
     }
 
-    /// Makes it listen to another group, which may have been stopped because it did not.
-    pub(crate) fn lend(&self, group: Pid) {
-        listen_to(group);
-        // It may have ended.
-        _ = kill_process_group(group, Signal::CONT);
+    /// Whether it listens to us or to the command, and not to a shell that has put us into the background.
+    pub(crate) fn is_in_foreground(&self) -> bool {
+        self.is_with(self.own_group) || self.is_with(self.command)
     }
 
-    /// Makes it listen to us again.
+    /// Makes it listen to the command, if it listens to us. In the background it is not ours to lend.
+    pub(crate) fn lend(&self) {
+        if self.is_with(self.own_group) {
+            listen_to(self.command);
+        }
+    }
+
+    /// Makes it listen to us again, if it listens to the command.
     pub(crate) fn take_back(&self) {
-        listen_to(self.own_group);
+        if self.is_with(self.command) {
+            listen_to(self.own_group);
+        }
+    }
+
+    fn is_with(&self, group: Pid) -> bool {
+        tcgetpgrp(stdin()) == Ok(group)
     }
 }
 

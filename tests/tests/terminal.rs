@@ -1,0 +1,285 @@
+//! `leasehold run` in an interactive shell: who has the terminal, and what Ctrl-C, Ctrl-Z, `fg` and `bg` do.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::process::{Child, Command};
+use std::sync::{Arc, Mutex, mpsc};
+
+use leasehold_system_tests::http::{get, post};
+use leasehold_system_tests::patience::eventually;
+use leasehold_system_tests::service::{command, program};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use serde_json::json;
+
+use crate::world::World;
+
+const LOCK: &str = "/v1/tenants/acme/locks/deploy";
+const CTRL_C: &str = "\x03";
+const CTRL_D: &str = "\x04";
+const CTRL_Z: &str = "\x1a";
+
+/// A shell at a terminal. Dropping it hangs up.
+struct Shell {
+    child: Child,
+    keyboard: mpsc::Sender<String>,
+    screen: Arc<Mutex<String>>,
+    seen: usize,
+}
+
+impl Shell {
+    /// In it `$run` is a run under the lock of these tests.
+    async fn start(world: &World) -> Self {
+        let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        grantpt(&terminal).unwrap();
+        unlockpt(&terminal).unwrap();
+        let path = ptsname(&terminal, Vec::new()).unwrap().into_string().unwrap();
+        let side = || File::options().read(true).write(true).open(&path).unwrap();
+        let as_it_runs = command(Some(world.database.url()));
+        let variables = as_it_runs.get_envs();
+        let child = Command::new("setsid")
+            .args(["--ctty", "bash", "--norc", "--noprofile", "-i"])
+            .env_clear()
+            .envs(variables.filter_map(|(name, value)| Some((name, value?))))
+            .env("RUST_LOG", "warn")
+            .env("run", format!("{} run --name deploy", program().display()))
+            .envs([("TERM", "dumb"), ("PS1", "prompt> "), ("HISTFILE", "/dev/null")])
+            .stdin(side())
+            .stdout(side())
+            .stderr(side())
+            .spawn()
+            .unwrap();
+        let mut writer = File::from(terminal);
+        let screen = Arc::<Mutex<String>>::default();
+        let (mut reader, shown) = (writer.try_clone().unwrap(), Arc::clone(&screen));
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(length @ 1..) = reader.read(&mut bytes) {
+                let text = String::from_utf8_lossy(&bytes[..length]);
+                shown.lock().unwrap().push_str(&text);
+            }
+        });
+        // What nobody reads must not hold up the test.
+        let (keyboard, pressed) = mpsc::channel::<String>();
+        std::thread::spawn(move || {
+            for keys in pressed {
+                writer.write_all(keys.as_bytes()).unwrap();
+            }
+        });
+        let mut shell = Self {
+            child,
+            keyboard,
+            screen,
+            seen: 0,
+        };
+        shell.shows("prompt> ").await;
+        shell
+    }
+
+    fn press(&self, keys: &str) {
+        self.keyboard.send(keys.to_owned()).unwrap();
+    }
+
+    /// What is typed is on the screen as well: there it must look otherwise than what it prints.
+    fn enter(&self, line: &str) {
+        self.press(&format!("{line}\n"));
+    }
+
+    /// Waits until something is on the screen, below what was waited for before.
+    async fn shows(&mut self, what: &str) {
+        let screen = Arc::clone(&self.screen);
+        let mut seen = self.seen;
+        eventually(&format!("{what:?} is on the screen"), async || {
+            let screen = screen.lock().unwrap();
+            let Some(at) = screen[seen..].find(what) else {
+                return false;
+            };
+            seen += at + what.len();
+            true
+        })
+        .await;
+        self.seen = seen;
+    }
+
+    /// The rest of the line that was waited for.
+    async fn line(&mut self) -> String {
+        let start = self.seen;
+        self.shows("\r\n").await;
+        let screen = self.screen.lock().unwrap();
+        screen[start..].lines().next().unwrap().to_owned()
+    }
+
+    /// A loop that answers has the terminal.
+    async fn answers(&mut self, word: &str) {
+        self.enter(word);
+        self.shows(&format!("got {word}")).await;
+    }
+
+    /// The shell itself answers, so it has the terminal.
+    async fn is_back(&mut self) {
+        self.enter("echo the sh''ell");
+        self.shows("the shell").await;
+    }
+
+    async fn says_code(&mut self, code: u8) {
+        self.enter("echo co''de $?");
+        self.shows(&format!("code {code}\r\n")).await;
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the screen:\n{}", self.screen.lock().unwrap());
+            let processes = Command::new("ps")
+                .args([
+                    "-s",
+                    &self.child.id().to_string(),
+                    "-o",
+                    "pid,ppid,pgid,tpgid,stat,args",
+                ])
+                .output();
+            if let Ok(processes) = processes {
+                eprintln!("its processes:\n{}", String::from_utf8_lossy(&processes.stdout));
+            }
+        }
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+async fn is_free(world: &World) -> bool {
+    world.api.send(get(LOCK)).await.status == 404
+}
+
+/// A loop that answers each line that is typed.
+const ANSWERS: &str = "-- sh -c 'echo be\"\"gun; while read x; do echo \"go\"t $x; done'";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_reads_what_is_typed() {
+    let world = World::start("lease").await;
+    let mut shell = Shell::start(&world).await;
+    shell.enter(&format!("$run {ANSWERS}"));
+    shell.shows("begun").await;
+    shell.answers("one").await;
+    shell.press(CTRL_D);
+    shell.says_code(0).await;
+    assert!(is_free(&world).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_ends_the_command_and_frees_the_lock() {
+    let world = World::start("lease").await;
+    let mut shell = Shell::start(&world).await;
+    shell.enter("$run -- sh -c 'echo be\"\"gun; exec sleep 1000'");
+    shell.shows("begun").await;
+    shell.press(CTRL_C);
+    shell.says_code(130).await;
+    assert!(is_free(&world).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_z_gives_the_terminal_to_the_shell_and_fg_takes_it_back() {
+    let world = World::start("lease").await;
+    let mut shell = Shell::start(&world).await;
+    shell.enter(&format!("$run {ANSWERS}"));
+    shell.shows("begun").await;
+    shell.answers("one").await;
+    for word in ["two", "three"] {
+        shell.press(CTRL_Z);
+        shell.shows("Stopped").await;
+        shell.is_back().await;
+        shell.enter("fg");
+        shell.shows("$run --").await;
+        shell.answers(word).await;
+    }
+    shell.press(CTRL_D);
+    shell.says_code(0).await;
+    assert!(is_free(&world).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_the_background_it_leaves_the_terminal_to_the_shell() {
+    let world = World::start("lease").await;
+    let mut shell = Shell::start(&world).await;
+    // Both ways there: sent there, and started there.
+    for there in ["", "&"] {
+        shell.enter(&format!("$run {ANSWERS} {there}"));
+        shell.shows("begun").await;
+        if there.is_empty() {
+            shell.answers("none").await;
+            shell.press(CTRL_Z);
+            shell.shows("Stopped").await;
+            shell.enter("bg");
+        }
+        shell.is_back().await;
+        // It wants to read, and may not: the shell says so before it prompts.
+        eventually("it is stopped", async || {
+            shell.enter("jobs");
+            shell.screen.lock().unwrap()[shell.seen..].contains("Stopped")
+        })
+        .await;
+        shell.is_back().await;
+        assert!(!is_free(&world).await);
+        shell.enter("fg");
+        shell.shows("$run --").await;
+        shell.answers("one").await;
+        shell.press(CTRL_D);
+        shell.says_code(0).await;
+        assert!(is_free(&world).await);
+    }
+    // One that reads nothing comes to its end there, and takes nothing along.
+    shell.enter("$run -- true & wait $!");
+    shell.says_code(0).await;
+    shell.is_back().await;
+}
+
+/// Ctrl-Z stops the command also when it has never had the terminal.
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_z_stops_what_was_started_in_the_background() {
+    let world = World::start("lease").await;
+    let mut shell = Shell::start(&world).await;
+    shell.enter("$run -- sh -c 'echo com\"\"mand $$; while :; do sleep 0.1; done' &");
+    shell.shows("command ").await;
+    let command = shell.line().await;
+    let state = || {
+        let stat = std::fs::read_to_string(format!("/proc/{command}/stat")).unwrap();
+        stat.rsplit_once(") ").unwrap().1.chars().next().unwrap()
+    };
+    shell.is_back().await;
+    shell.enter("fg");
+    shell.shows("$run --").await;
+    shell.press(CTRL_Z);
+    shell.shows("Stopped").await;
+    assert_eq!(state(), 'T');
+    shell.is_back().await;
+    shell.enter("fg");
+    shell.shows("$run --").await;
+    eventually("it goes on", async || state() != 'T').await;
+    shell.press(CTRL_C);
+    shell.says_code(130).await;
+    assert!(is_free(&world).await);
+}
+
+/// Whoever stops a run stops its renewals. What it finds when it goes on is not its own any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_that_was_lost_while_it_was_stopped_lets_nothing_go_on() {
+    let world = World::start("lease").await;
+    let mut shell = Shell::start(&world).await;
+    // It would say so if it was let go on.
+    shell.enter(
+        "$run --ttl 1s -- bash -c 'trap \"echo aw\"ake CONT; echo be\"\"gun; while read x; do echo \"go\"t $x; done'",
+    );
+    shell.shows("begun").await;
+    shell.answers("one").await;
+    shell.press(CTRL_Z);
+    shell.shows("Stopped").await;
+    let body = json!({"ttl_ms": 60_000, "wait_ms": 30_000});
+    let acquired = world.api.send(post(format!("{LOCK}/acquire"), &body)).await;
+    acquired.expect(200);
+    shell.enter("fg");
+    shell.shows("the lock is lost").await;
+    shell.says_code(70).await;
+    let screen = shell.screen.lock().unwrap();
+    let (_, since) = screen.rsplit_once("Stopped").unwrap();
+    assert!(!since.contains("awake"), "{since}");
+}

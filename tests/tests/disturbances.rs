@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use diesel_async::AsyncPgConnection;
 use futures_util::FutureExt;
-use leasehold_domain::DistributedLock;
+use leasehold_domain::{DistributedLock, Released};
 use leasehold_embedded::Cluster;
 use leasehold_storage::{ConnectOptions, Database, TransactionError};
 use leasehold_system_tests::database::TestDatabase;
@@ -240,6 +240,32 @@ async fn the_pool_is_whole_after_five_hundred_aborted_waiters() {
         });
         for done in in_time("all connections", futures_util::future::join_all(all)).await {
             done.unwrap();
+        }
+    }
+}
+
+/// An extension tells the guard what it finds, also when nobody waits for it any more, and a release waits for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_extension_that_was_given_up_still_finds_the_loss() {
+    let database = TestDatabase::create().await;
+    let proxy = Proxy::start(&database);
+    let options = ConnectOptions::parse(&proxy.url(&database), None).unwrap();
+    let process = Database::connect(options, 2).await.unwrap();
+    let lock = process.transaction_locks();
+    for fault in [Fault::LoseStatement, Fault::HoldAnswer] {
+        let guard = lock.try_acquire(&named("plan")).await.unwrap();
+        let mut hit = proxy.on("SELECT 1", fault);
+        let extension = lock.extend(&guard, Duration::from_secs(30));
+        assert!(extension.now_or_never().is_none());
+        hit.happened().await;
+        if fault == Fault::LoseStatement {
+            in_time("the loss is told", guard.lost()).await;
+            assert_eq!(lock.release(guard).await.unwrap(), Released::AlreadyGone);
+        } else {
+            let mut release = lock.release(guard);
+            assert!((&mut release).now_or_never().is_none());
+            hit.let_go().await;
+            assert_eq!(release.await.unwrap(), Released::Held);
         }
     }
 }

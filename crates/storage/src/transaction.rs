@@ -277,7 +277,7 @@ impl Database {
                 })
             }
             Scope::Transaction(transaction) => {
-                let Some((mut checkout, id)) = transaction.take() else {
+                let Some((mut checkout, id)) = transaction.take().await else {
                     return Err(lost());
                 };
                 let mut lent = Lent {

@@ -545,3 +545,23 @@ async fn a_transaction_lock_whose_session_is_ended_is_lost() {
     assert!(lost() > before);
     assert_eq!(bench.written().await, [0; 0]);
 }
+
+/// Whoever gives up on an extension gives up nothing else: what comes next waits for the connection to come back.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_extension_that_was_given_up_holds_nothing_up() {
+    let bench = Bench::start().await;
+    let lock = bench.lock(Mode::Transaction);
+    let ttl = Duration::from_secs(30);
+    for value in 0..20 {
+        let guard = lock.try_acquire(&request()).await.unwrap();
+        drop(lock.extend(&guard, ttl).now_or_never());
+        if value % 2 == 0 {
+            lock.extend(&guard, ttl).await.unwrap();
+            drop(lock.extend(&guard, ttl).now_or_never());
+            write(&bench.process, &guard, value).await.unwrap();
+            assert!(!guard.is_lost());
+        }
+        assert_eq!(lock.release(guard).await.unwrap(), Released::Held, "{value}");
+    }
+    assert_eq!(bench.written().await.len(), 10);
+}

@@ -1,6 +1,7 @@
 //! [`PgTransactionLock`]: an advisory lock that lives as long as a transaction.
 
 use std::fmt;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use leasehold_domain::{
     LockMode, LockName, LockRequest, Monotonic, MonotonicClock, ReleaseError, Released, ResumeError, Ttl,
     Unavailable,
 };
+use tokio::sync::Notify;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::Instrument;
 
@@ -49,14 +51,21 @@ pub struct PgTransactionLock {
 /// The transaction of a hold.
 pub(crate) struct OpenTransaction {
     slot: Mutex<Slot>,
+    /// Told when an extension has given the connection back.
+    given_back: Notify,
     pub(crate) backend_pid: i32,
     /// When `max_hold` is over.
     pub(crate) ends: Monotonic,
 }
 
+/// A connection with an open transaction, and the id of that.
+pub(crate) type Lendable = (Checkout, String);
+
 enum Slot {
-    /// Open, with its id, and nobody is using it.
-    Parked(Box<Checkout>, String),
+    /// Open, and nobody is using it.
+    Parked(Box<Lendable>),
+    /// With an extension, which soon gives it back.
+    Extending,
     /// Lent to the caller's work, or gone with it.
     Lent,
     /// Committed or rolled back: the server has freed the lock.
@@ -69,20 +78,34 @@ impl OpenTransaction {
     }
 
     /// Lends the connection out, once, with the id of its transaction.
-    pub(crate) fn take(&self) -> Option<(Checkout, String)> {
-        let mut slot = self.slot();
-        match std::mem::replace(&mut *slot, Slot::Lent) {
-            Slot::Parked(checkout, id) => Some((*checkout, id)),
-            Slot::Lent => None,
-            Slot::Ended => {
-                *slot = Slot::Ended;
-                None
-            }
-        }
+    ///
+    /// # Cancel safety
+    /// Nothing is lent out when the future is dropped.
+    pub(crate) async fn take(&self) -> Option<Lendable> {
+        self.take_as(Slot::Lent).await
     }
 
-    fn park(&self, checkout: Checkout, id: String) {
-        *self.slot() = Slot::Parked(Box::new(checkout), id);
+    /// Waits for an extension to end, which has [`ANSWER`] for it.
+    async fn take_as(&self, next: Slot) -> Option<Lendable> {
+        loop {
+            let mut given_back = pin!(self.given_back.notified());
+            given_back.as_mut().enable();
+            {
+                let mut slot = self.slot();
+                match std::mem::replace(&mut *slot, Slot::Lent) {
+                    Slot::Parked(open) => {
+                        *slot = next;
+                        return Some(*open);
+                    }
+                    Slot::Extending => *slot = Slot::Extending,
+                    other @ (Slot::Lent | Slot::Ended) => {
+                        *slot = other;
+                        return None;
+                    }
+                }
+            }
+            given_back.await;
+        }
     }
 
     pub(crate) fn set_ended(&self) {
@@ -97,9 +120,40 @@ impl OpenTransaction {
     /// Whether its connection is known to have ended while nobody was using it.
     pub(crate) fn is_broken(&self) -> bool {
         match &mut *self.slot() {
-            Slot::Parked(checkout, _) => checkout.is_broken(),
-            Slot::Lent | Slot::Ended => false,
+            Slot::Parked(open) => open.0.is_broken(),
+            Slot::Extending | Slot::Lent | Slot::Ended => false,
         }
+    }
+}
+
+/// The connection while it is asked whether it lives. However that ends, those who wait for it are told.
+struct Extending {
+    open: Arc<OpenTransaction>,
+    taken: Option<Lendable>,
+}
+
+impl Extending {
+    /// What does not answer is not given back.
+    async fn ask(&mut self) -> bool {
+        let Some((checkout, _)) = &mut self.taken else {
+            return false;
+        };
+        let answer = timeout(ANSWER, checkout.conn().batch_execute("SELECT 1")).await;
+        let alive = answer.is_ok_and(|answer| answer.is_ok());
+        if !alive {
+            self.taken = None;
+        }
+        alive
+    }
+}
+
+impl Drop for Extending {
+    fn drop(&mut self) {
+        *self.open.slot() = self
+            .taken
+            .take()
+            .map_or(Slot::Lent, |open| Slot::Parked(Box::new(open)));
+        self.open.given_back.notify_waiters();
     }
 }
 
@@ -243,7 +297,8 @@ impl PgTransactionLock {
         backend_pid: i32,
     ) -> LockGuard {
         let open = Arc::new(OpenTransaction {
-            slot: Mutex::new(Slot::Parked(Box::new(checkout), transaction)),
+            slot: Mutex::new(Slot::Parked(Box::new((checkout, transaction)))),
+            given_back: Notify::new(),
             backend_pid,
             ends: Boottime.now().plus(request.max_hold()),
         });
@@ -265,11 +320,10 @@ impl PgTransactionLock {
         );
         let guard = LockGuard::new(parts, move || {
             process.holds.remove(lock_id);
-            let taken = dropped.take();
             let keeper = process.keeper.clone();
             // A connection may only be dropped in a runtime, and the guard may be dropped anywhere.
             keeper.finish(async move {
-                if let Some((checkout, _)) = taken {
+                if let Some((checkout, _)) = dropped.take().await {
                     rollback(checkout).await;
                 }
                 process.freed(&name);
@@ -434,7 +488,7 @@ impl DistributedLock for PgTransactionLock {
             else {
                 return Err(ExtendError::Lost);
             };
-            let Some((mut checkout, id)) = open.take() else {
+            let Some(taken) = open.take_as(Slot::Extending).await else {
                 let busy = Unavailable::new("the transaction is in use");
                 return Err(if open.has_ended() {
                     ExtendError::Lost
@@ -442,21 +496,26 @@ impl DistributedLock for PgTransactionLock {
                     ExtendError::Unavailable(busy)
                 });
             };
+            let mut extending = Extending {
+                open,
+                taken: Some(taken),
+            };
             // In a task, so that a caller who goes away does not take the connection, and so the lock, along.
+            let (process, name) = (Arc::clone(&self.process), guard.name().clone());
             let asked = self.process.keeper.spawn(async move {
-                let answer = timeout(ANSWER, checkout.conn().batch_execute("SELECT 1"));
-                let alive = answer.await.is_ok_and(|answer| answer.is_ok());
-                if alive {
-                    open.park(checkout, id);
+                let alive = extending.ask().await;
+                drop(extending);
+                if !alive {
+                    process.holds.lose(lock_id);
+                    process.freed(&name);
                 }
                 alive
             });
             if asked.await.unwrap_or(false) {
-                return Ok(());
+                Ok(())
+            } else {
+                Err(ExtendError::Lost)
             }
-            self.process.holds.lose(lock_id);
-            self.process.freed(guard.name());
-            Err(ExtendError::Lost)
         }
         .instrument(span)
         .await
@@ -474,7 +533,7 @@ impl DistributedLock for PgTransactionLock {
                 drop(guard);
                 return Ok(Released::AlreadyGone);
             };
-            let ended = match open.take() {
+            let ended = match open.take().await {
                 // Dropped in the middle of this the connection closes, which frees the lock as well.
                 Some((checkout, _)) => rollback(checkout).await,
                 None if open.has_ended() => RolledBack::Done,

@@ -56,14 +56,14 @@ fn look(process: &Weak<Process>) -> Option<bool> {
         }
         let parts = hold.control.parts();
         process.holds.lose(parts.lock_id);
-        if let Some((checkout, _)) = open.take() {
-            let (process, name) = (Arc::clone(&process), parts.name.clone());
-            // Beside the others, which may be told while a server that is silent is waited for.
-            process.keeper.clone().finish(async move {
+        let (process, open, name) = (Arc::clone(&process), Arc::clone(open), parts.name.clone());
+        // Beside the others, which may be told while a server that is silent is waited for.
+        process.keeper.clone().finish(async move {
+            if let Some((checkout, _)) = open.take().await {
                 rollback(checkout).await;
                 process.freed(&name);
-            });
-        }
+            }
+        });
     }
     Some(watching)
 }

@@ -147,6 +147,12 @@ impl Drop for Shell {
     }
 }
 
+/// As `proc(5)` has it: `T` is stopped.
+fn state(process: &str) -> char {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    stat.rsplit_once(") ").unwrap().1.chars().next().unwrap()
+}
+
 async fn is_free(world: &World) -> bool {
     world.api.send(get(LOCK)).await.status == 404
 }
@@ -164,6 +170,46 @@ async fn the_command_reads_what_is_typed() {
     shell.press(CTRL_D);
     shell.says_code(0).await;
     assert!(is_free(&world).await);
+}
+
+/// A pager, say.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_it_is_piped_into_reads_what_is_typed() {
+    let world = World::start("lease").await;
+    let mut shell = Shell::start(&world).await;
+    let reads = "bash -c 'exec 3</dev/tty; while read x <&3; do echo \"go\"t $x; done; kill $(head -1)'";
+    shell.enter(&format!(
+        "$run -- sh -c 'echo $$; echo be\"\"gun >&2; exec sleep 1000' | {reads}"
+    ));
+    shell.shows("begun").await;
+    shell.answers("one").await;
+    shell.answers("two").await;
+    shell.press(CTRL_Z);
+    shell.shows("Stopped").await;
+    shell.is_back().await;
+    shell.enter("fg");
+    shell.shows("$run --").await;
+    shell.answers("three").await;
+    shell.press(CTRL_D);
+    shell.says_code(0).await;
+    assert!(is_free(&world).await);
+}
+
+/// Two that want the terminal at once do not get on, but none goes on without the other, or without the lock.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_stops_a_pipe_stops_the_command() {
+    let world = World::start("lease").await;
+    let mut shell = Shell::start(&world).await;
+    let command = "echo com\"\"mand $$ >&2; read x; echo $x; exec sleep 1000";
+    shell.enter(&format!(
+        "$run -- sh -c '{command}' | bash -c 'read x; read y </dev/tty'"
+    ));
+    shell.shows("command ").await;
+    let command = shell.line().await;
+    shell.enter("one");
+    shell.shows("Stopped").await;
+    assert_eq!(state(&command), 'T');
+    shell.is_back().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -241,20 +287,16 @@ async fn ctrl_z_stops_what_was_started_in_the_background() {
     shell.enter("$run -- sh -c 'echo com\"\"mand $$; while :; do sleep 0.1; done' &");
     shell.shows("command ").await;
     let command = shell.line().await;
-    let state = || {
-        let stat = std::fs::read_to_string(format!("/proc/{command}/stat")).unwrap();
-        stat.rsplit_once(") ").unwrap().1.chars().next().unwrap()
-    };
     shell.is_back().await;
     shell.enter("fg");
     shell.shows("$run --").await;
     shell.press(CTRL_Z);
     shell.shows("Stopped").await;
-    assert_eq!(state(), 'T');
+    assert_eq!(state(&command), 'T');
     shell.is_back().await;
     shell.enter("fg");
     shell.shows("$run --").await;
-    eventually("it goes on", async || state() != 'T').await;
+    eventually("it goes on", async || state(&command) != 'T').await;
     shell.press(CTRL_C);
     shell.says_code(130).await;
     assert!(is_free(&world).await);

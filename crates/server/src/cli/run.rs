@@ -268,21 +268,27 @@ async fn attend(
     let id = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
     let group = id.ok_or_else(|| io::Error::other("it has no process id"))?;
     let terminal = Terminal::of_stdin(group);
-    if let Some(terminal) = &terminal {
+    // What it is piped into may be a pager, which needs the terminal: then it is lent when the command asks for it.
+    if let Some(terminal) = &terminal
+        && io::stdout().is_terminal()
+    {
         terminal.lend();
     }
     let ended = loop {
         if let Some(terminal) = &terminal
             && let Some(by) = stopped(group)
         {
-            let wants_terminal = [Signal::TTIN, Signal::TTOU].contains(&by);
-            if !(wants_terminal && terminal.is_in_foreground()) {
-                stop_along(terminal);
+            let mut lend = [Signal::TTIN, Signal::TTOU].contains(&by);
+            if !(lend && terminal.is_in_foreground()) {
+                lend |= terminal.take_back();
+                stop_along();
             }
             if guard.is_lost() {
                 break end(&mut child, group).await.map(|_| None);
             }
-            terminal.lend();
+            if lend {
+                terminal.lend();
+            }
             _ = kill_process_group(group, Signal::CONT);
         }
         tokio::select! {
@@ -293,10 +299,9 @@ async fn attend(
             signal = signals.next() => {
                 _ = kill_process_group(group, signal);
             }
-            Some(()) = async { stops.asked.as_mut()?.recv().await } => {
+            we_are_to_stop = stops.next() => if we_are_to_stop {
                 _ = kill_process_group(group, Signal::TSTP);
             }
-            _ = stops.children.recv() => {}
         }
     };
     if let Some(terminal) = &terminal {
@@ -311,17 +316,32 @@ struct Stops {
     /// The command stops, goes on or ends.
     children: tokio::signal::unix::Signal,
     /// Ctrl-Z, while the terminal is ours.
-    asked: Option<tokio::signal::unix::Signal>,
+    keys: Option<tokio::signal::unix::Signal>,
+    /// What we are piped into wants to read, and the terminal is with the command.
+    neighbours: Option<tokio::signal::unix::Signal>,
 }
 
 impl Stops {
     fn listen() -> io::Result<Self> {
-        let stop = SignalKind::from_raw(Signal::TSTP.as_raw());
-        let asked = io::stdin().is_terminal().then(|| signal(stop));
+        let at_a_terminal = io::stdin().is_terminal();
+        let stop = |by: Signal| {
+            let listen = at_a_terminal.then(|| signal(SignalKind::from_raw(by.as_raw())));
+            listen.transpose()
+        };
         Ok(Self {
             children: signal(SignalKind::child())?,
-            asked: asked.transpose()?,
+            keys: stop(Signal::TSTP)?,
+            neighbours: stop(Signal::TTIN)?,
         })
+    }
+
+    /// Answers whether it is we who are to stop, or whether something has become of the command.
+    async fn next(&mut self) -> bool {
+        tokio::select! {
+            Some(()) = async { self.keys.as_mut()?.recv().await } => true,
+            Some(()) = async { self.neighbours.as_mut()?.recv().await } => true,
+            _ = self.children.recv() => false,
+        }
     }
 }
 
@@ -334,8 +354,7 @@ fn stopped(command: Pid) -> Option<Signal> {
 
 /// When Ctrl-Z has stopped the command, or it wants to read in the background, its shell waits for us to stop as well.
 /// Until the shell lets us go on the lock is not renewed.
-fn stop_along(terminal: &Terminal) {
-    terminal.take_back();
+fn stop_along() {
     _ = kill_process_group(rustix::process::getpgrp(), Signal::STOP);
 }
 

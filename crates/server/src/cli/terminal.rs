@@ -39,11 +39,13 @@ impl Terminal {
         }
     }
 
-    /// Makes it listen to us again, if it listens to the command.
-    pub(crate) fn take_back(&self) {
-        if self.is_with(self.command) {
+    /// Makes it listen to us again, if it listens to the command, and answers whether it did.
+    pub(crate) fn take_back(&self) -> bool {
+        let lent = self.is_with(self.command);
+        if lent {
             listen_to(self.own_group);
         }
+        lent
     }
 
     fn is_with(&self, group: Pid) -> bool {

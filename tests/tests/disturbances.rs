@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use diesel_async::AsyncPgConnection;
 use futures_util::FutureExt;
-use leasehold_domain::{DistributedLock, Released};
+use leasehold_domain::{DistributedLock, LockId, Released};
 use leasehold_embedded::Cluster;
 use leasehold_storage::{ConnectOptions, Database, TransactionError};
 use leasehold_system_tests::database::TestDatabase;
@@ -319,6 +319,45 @@ async fn a_shutdown_gives_back_what_guards_still_hold() {
         .fenced_transaction(&guards[0], async |conn| insert(conn, 1).await)
         .await;
     assert!(matches!(written, Err(TransactionError::Lost)), "{written:?}");
+}
+
+/// A lease that is being handed to a client while its process gives back what it has is either the client's or free.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_frees_nothing_that_a_client_was_given() {
+    for chosen in [None, Some(LockId::new())] {
+        let database = TestDatabase::create().await;
+        let proxy = Proxy::start(&database);
+        let options = ConnectOptions::parse(&proxy.url(&database), None).unwrap();
+        let process = Database::connect(options, 2).await.unwrap();
+        let guard = process.leases().try_acquire(&named("plan")).await.unwrap();
+        let mut hit = proxy.on("INSERT INTO leasehold.client_leases", Fault::HoldAnswer);
+        let handing = {
+            let leases = process.client_leases();
+            tokio::spawn(async move { leases.hand_over(guard, chosen).await })
+        };
+        hit.happened().await;
+        let ending = {
+            let process = process.clone();
+            tokio::spawn(async move { process.shutdown(PATIENCE).await })
+        };
+        let other = Database::connect(database.options(), 2).await.unwrap();
+        if chosen.is_none() {
+            eventually("it was given back", async || {
+                other
+                    .leases()
+                    .inspect(named("plan").name())
+                    .await
+                    .unwrap()
+                    .is_none()
+            })
+            .await;
+        }
+        hit.let_go().await;
+        let handed = in_time("the hand-over", handing).await.unwrap();
+        in_time("the shutdown", ending).await.unwrap();
+        let held = other.leases().inspect(named("plan").name()).await.unwrap();
+        assert_eq!(handed.is_ok(), held.is_some(), "{chosen:?}: {handed:?}, {held:?}");
+    }
 }
 
 /// A row that somebody has locked is waited for as long as there is time.

@@ -136,13 +136,15 @@ impl Holds {
         Some(hold)
     }
 
-    /// Forgets a hold that has ended without our release, and tells its guard.
-    pub(crate) fn lose(&self, lock_id: LockId) {
-        if let Some(hold) = self.remove(lock_id) {
-            metrics::counter!("leasehold_lock_lost_total", "backend" => hold.scope.backend()).increment(1);
-            tracing::warn!(lock = hold.control.parts().name.to_string(), %lock_id, "a lock was lost");
-            hold.control.lose();
-        }
+    /// Forgets a hold that has ended without our release, and tells its guard. Answers whether it was still there.
+    pub(crate) fn lose(&self, lock_id: LockId) -> bool {
+        let Some(hold) = self.remove(lock_id) else {
+            return false;
+        };
+        metrics::counter!("leasehold_lock_lost_total", "backend" => hold.scope.backend()).increment(1);
+        tracing::warn!(lock = hold.control.parts().name.to_string(), %lock_id, "a lock was lost");
+        hold.control.lose();
+        true
     }
 
     pub(crate) fn leases(&self) -> Vec<Hold> {

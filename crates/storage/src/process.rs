@@ -81,8 +81,8 @@ impl Process {
         for hold in self.holds.leases() {
             let Scope::Lease(lease) = hold.scope else { continue };
             let parts = hold.control.parts();
-            self.holds.lose(parts.lock_id);
-            if !lease.has_ended() {
+            // What was handed over meanwhile is its client's.
+            if self.holds.lose(parts.lock_id) && !lease.has_ended() {
                 self.reaper.release(Lease {
                     table: Arc::clone(&lease.table),
                     keys: lease.keys.clone(),

@@ -268,7 +268,10 @@ impl ClientLeases {
                 Err(lost())
             };
         };
-        self.process.holds.hand_over(ours);
+        // A process that ends gives back what it has under ids of its own, and may have begun to.
+        if self.process.holds.hand_over(ours).is_none() && theirs == ours {
+            return Err(lost());
+        }
         guard.defuse();
         Ok(HandedOver::Done(handed))
     }

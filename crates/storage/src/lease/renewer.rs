@@ -287,7 +287,9 @@ fn settle(holds: &Holds, lease: &Lease, sent: Monotonic, ttl: Duration, answer: 
         None if answer.live || lease.hold.is_fencing() || lease.hold.has_ended() => {
             again(sent.plus(TRY_AGAIN.min(ttl / 10)));
         }
-        None => holds.lose(lease.control.parts().lock_id),
+        None => {
+            holds.lose(lease.control.parts().lock_id);
+        }
     }
 }
 

@@ -175,6 +175,54 @@ async fn is_free(world: &World) -> bool {
     world.api.send(get(LOCK)).await.status == 404
 }
 
+/// A command that is stopped must go on to hear that it is to end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_ends_a_command_that_is_stopped() {
+    let world = world().await;
+    let mut running = Running::start(&world, &[], "kill -STOP $$; echo went on").await;
+    let command = running.command.unwrap().as_raw_nonzero();
+    eventually("it is stopped", async || {
+        let stat = fs::read_to_string(format!("/proc/{command}/stat")).unwrap();
+        stat.rsplit_once(") ").unwrap().1.starts_with('T')
+    })
+    .await;
+    running.signal(Signal::TERM);
+    assert_eq!(running.ended().await.code(), Some(143));
+    assert!(!running.output().contains("went on"));
+    assert!(is_free(&world).await);
+}
+
+/// As `nohup` starts it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_to_be_ignored_is_ignored() {
+    let world = world().await;
+    let folder = Folder::new();
+    let (begun, end) = (folder.file("begun"), folder.file("end"));
+    let wait = format!(
+        "echo > {}; until test -e {}; do sleep 0.02; done; exit 3",
+        begun.display(),
+        end.display()
+    );
+    let ran = run(&world, &[&NAME[..], &["--", "sh", "-c", &wait]].concat());
+    let mut nohup = Command::new("sh");
+    nohup
+        .args(["-c", "trap '' HUP INT; exec \"$0\" \"$@\""])
+        .arg(ran.get_program())
+        .args(ran.get_args())
+        .env_clear()
+        .envs(ran.get_envs().filter_map(|(name, value)| Some((name, value?))))
+        .stdin(Stdio::null());
+    let mut child = nohup.spawn().unwrap();
+    eventually("it runs", async || begun.exists()).await;
+    for signal in [Signal::HUP, Signal::INT] {
+        kill_process(Pid::from_child(&child), signal).unwrap();
+    }
+    fs::write(&end, "").unwrap();
+    let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
+    assert_eq!(in_time("the end", ended).await.unwrap().code(), Some(3));
+    assert!(is_free(&world).await);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_exit_code_is_the_commands() {
     let world = world().await;

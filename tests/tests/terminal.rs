@@ -17,6 +17,7 @@ const LOCK: &str = "/v1/tenants/acme/locks/deploy";
 const CTRL_C: &str = "\x03";
 const CTRL_D: &str = "\x04";
 const CTRL_Z: &str = "\x1a";
+const CTRL_BACKSLASH: &str = "\x1c";
 
 /// A shell at a terminal. Dropping it hangs up.
 struct Shell {
@@ -29,6 +30,13 @@ struct Shell {
 impl Shell {
     /// In it `$run` is a run under the lock of these tests.
     async fn start(world: &World) -> Self {
+        let mut shell = Self::without(world, &["bash", "--norc", "--noprofile", "-i"]);
+        shell.shows("prompt> ").await;
+        shell
+    }
+
+    /// This program in the place of the shell.
+    fn without(world: &World, program_and_arguments: &[&str]) -> Self {
         let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         grantpt(&terminal).unwrap();
         unlockpt(&terminal).unwrap();
@@ -37,7 +45,8 @@ impl Shell {
         let as_it_runs = command(Some(world.database.url()));
         let variables = as_it_runs.get_envs();
         let child = Command::new("setsid")
-            .args(["--ctty", "bash", "--norc", "--noprofile", "-i"])
+            .arg("--ctty")
+            .args(program_and_arguments)
             .env_clear()
             .envs(variables.filter_map(|(name, value)| Some((name, value?))))
             .env("RUST_LOG", "warn")
@@ -65,14 +74,12 @@ impl Shell {
                 writer.write_all(keys.as_bytes()).unwrap();
             }
         });
-        let mut shell = Self {
+        Self {
             child,
             keyboard,
             screen,
             seen: 0,
-        };
-        shell.shows("prompt> ").await;
-        shell
+        }
     }
 
     fn press(&self, keys: &str) {
@@ -120,7 +127,9 @@ impl Shell {
         self.shows("the shell").await;
     }
 
+    /// What is typed before it prompts may be thrown away with what the key has interrupted.
     async fn says_code(&mut self, code: u8) {
+        self.shows("prompt> ").await;
         self.enter("echo co''de $?");
         self.shows(&format!("code {code}\r\n")).await;
     }
@@ -199,17 +208,74 @@ async fn what_it_is_piped_into_reads_what_is_typed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_stops_a_pipe_stops_the_command() {
     let world = World::start("lease").await;
+    for wants in ["read y </dev/tty", "stty echo </dev/tty"] {
+        let mut shell = Shell::start(&world).await;
+        let command = "echo com\"\"mand $$ >&2; read x; echo $x; exec sleep 1000";
+        shell.enter(&format!(
+            "$run --wait 30s -- sh -c '{command}' | bash -c 'read x; {wants}'"
+        ));
+        shell.shows("command ").await;
+        let command = shell.line().await;
+        shell.enter("one");
+        shell.shows("Stopped").await;
+        assert_eq!(state(&command), 'T', "{wants}");
+        shell.is_back().await;
+        shell.enter("kill %1; fg");
+    }
+}
+
+/// Where the standard streams go says nothing of the keys.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redirected_command_has_the_terminal_all_the_same() {
+    let world = World::start("lease").await;
     let mut shell = Shell::start(&world).await;
-    let command = "echo com\"\"mand $$ >&2; read x; echo $x; exec sleep 1000";
-    shell.enter(&format!(
-        "$run -- sh -c '{command}' | bash -c 'read x; read y </dev/tty'"
-    ));
+    shell.enter(
+        "$run -- sh -c 'echo com\"\"mand $$; read x </dev/tty; echo \"go\"t $x; read x </dev/tty' </dev/null",
+    );
     shell.shows("command ").await;
     let command = shell.line().await;
-    shell.enter("one");
+    shell.answers("one").await;
+    shell.press(CTRL_Z);
     shell.shows("Stopped").await;
     assert_eq!(state(&command), 'T');
     shell.is_back().await;
+    shell.enter("fg");
+    shell.shows("$run --").await;
+    shell.press(CTRL_C);
+    shell.says_code(130).await;
+    // Also one that never had it.
+    shell.enter("$run -- sh -c 'echo com\"\"mand $$; while :; do sleep 0.1; done' </dev/null");
+    shell.shows("command ").await;
+    let command = shell.line().await;
+    shell.press(CTRL_Z);
+    shell.shows("Stopped").await;
+    assert_eq!(state(&command), 'T');
+    shell.is_back().await;
+    shell.enter("fg");
+    shell.shows("$run --").await;
+    shell.press(CTRL_BACKSLASH);
+    shell.says_code(131).await;
+    assert!(is_free(&world).await);
+}
+
+/// As after `ssh -t host leasehold run`: nobody could let it go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_shell_ctrl_z_stops_nothing() {
+    let world = World::start("lease").await;
+    let answers = "echo begun; while read x; do echo \"got $x\"; done";
+    let run = program().to_str().unwrap();
+    let mut shell = Shell::without(
+        &world,
+        &[run, "run", "--name", "deploy", "--", "sh", "-c", answers],
+    );
+    shell.shows("begun").await;
+    shell.answers("one").await;
+    shell.press(CTRL_Z);
+    shell.shows("^Z").await;
+    shell.answers("two").await;
+    shell.press(CTRL_D);
+    eventually("it has ended", async || shell.child.try_wait().unwrap().is_some()).await;
+    assert!(is_free(&world).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitCode, ExitStatus};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -12,13 +13,13 @@ use diesel::sql_types::Text;
 use leasehold_domain::{AcquireError, DistributedLock, Holder, LockGuard, LockRequest, Released, Ttl};
 use leasehold_storage::{Database, PgLeaseLock};
 use rustix::process::{
-    Pid, Signal, WaitId, WaitIdOptions, kill_process_group, test_kill_process_group, waitid,
+    Pid, Signal, WaitId, WaitIdOptions, getpgrp, kill_process_group, test_kill_process_group, waitid,
 };
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::postgres::{Postgres, connect_briefly};
-use crate::cli::terminal::Terminal;
+use crate::cli::terminal::{Terminal, has_a_shell};
 use crate::cli::{Failed, USAGE, in_one_line, owner, say};
 use crate::config::{DatabaseConfig, LogConfig};
 use crate::locks::model::{LockPart, lock_name};
@@ -132,7 +133,10 @@ fn run_under_lock(args: &RunArgs) -> Result<u8, Ending> {
         }
         // From here on a signal is not our end, but the command's.
         let mut signals = Signals::listen().map_err(Ending::away)?;
-        let db = connect_briefly(&postgres.options).await.map_err(Ending::away)?;
+        let db = tokio::select! {
+            db = connect_briefly(&postgres.options) => db.map_err(Ending::away)?,
+            signal = signals.next() => return Ok(KILLED + number(signal)),
+        };
         let done = acquire_and_run(args, &db, &mut signals).await;
         db.shutdown(SHUTDOWN).await;
         done
@@ -153,14 +157,21 @@ fn check(args: &RunArgs) -> Result<(), Ending> {
 }
 
 async fn acquire_and_run(args: &RunArgs, db: &Database, signals: &mut Signals) -> Result<u8, Ending> {
-    let request = request(args, db).await?;
     let locks = db.leases();
-    let acquired = tokio::select! {
-        acquired = locks.acquire(&request, args.wait) => acquired,
+    let acquire = async {
+        let request = request(args, db).await?;
+        let acquired = if args.wait.is_zero() {
+            locks.try_acquire(&request).await
+        } else {
+            locks.acquire(&request, args.wait).await
+        };
+        acquired.map_err(Ending::from)
+    };
+    let guard = tokio::select! {
+        acquired = acquire => acquired?,
         // Dropping the wait leaves nothing behind.
         signal = signals.next() => return Ok(KILLED + number(signal)),
     };
-    let guard = acquired?;
     let ended = match Stops::listen().and_then(|stops| Ok((start(args, &guard)?, stops))) {
         Ok((child, stops)) => attend(child, &guard, signals, stops).await,
         Err(error) => {
@@ -267,27 +278,24 @@ async fn attend(
 ) -> io::Result<Option<ExitStatus>> {
     let id = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
     let group = id.ok_or_else(|| io::Error::other("it has no process id"))?;
-    let terminal = Terminal::of_stdin(group);
+    let mut terminal = Terminal::of_session(group);
     // What it is piped into may be a pager, which needs the terminal: then it is lent when the command asks for it.
-    if let Some(terminal) = &terminal
+    if let Some(terminal) = &mut terminal
+        && io::stdin().is_terminal()
         && io::stdout().is_terminal()
     {
         terminal.lend();
     }
+    let mut we_are_to_stop = false;
     let ended = loop {
-        if let Some(terminal) = &terminal
+        // A command that somebody has stopped where there is no terminal goes on under its lock when he lets it.
+        if (terminal.is_some() || we_are_to_stop)
             && let Some(by) = stopped(group)
         {
-            let mut lend = [Signal::TTIN, Signal::TTOU].contains(&by);
-            if !(lend && terminal.is_in_foreground()) {
-                lend |= terminal.take_back();
-                stop_along();
-            }
+            we_are_to_stop = false;
+            stop_along(terminal.as_mut(), by, group);
             if guard.is_lost() {
                 break end(&mut child, group).await.map(|_| None);
-            }
-            if lend {
-                terminal.lend();
             }
             _ = kill_process_group(group, Signal::CONT);
         }
@@ -295,16 +303,17 @@ async fn attend(
             biased;
             status = child.wait() => break status.map(Some),
             () = guard.lost() => break end(&mut child, group).await.map(|_| None),
-            // It may have ended.
-            signal = signals.next() => {
+            // It may have ended. What is stopped hears of it only when it goes on.
+            signal = signals.next() => for signal in [signal, Signal::CONT] {
                 _ = kill_process_group(group, signal);
-            }
-            we_are_to_stop = stops.next() => if we_are_to_stop {
+            },
+            asked = stops.next() => if asked {
+                we_are_to_stop = true;
                 _ = kill_process_group(group, Signal::TSTP);
             }
         }
     };
-    if let Some(terminal) = &terminal {
+    if let Some(terminal) = &mut terminal {
         terminal.take_back();
     }
     ended
@@ -316,30 +325,28 @@ struct Stops {
     /// The command stops, goes on or ends.
     children: tokio::signal::unix::Signal,
     /// Ctrl-Z, while the terminal is ours.
-    keys: Option<tokio::signal::unix::Signal>,
-    /// What we are piped into wants to read, and the terminal is with the command.
-    neighbours: Option<tokio::signal::unix::Signal>,
+    keys: tokio::signal::unix::Signal,
+    /// What we are piped into wants to read, or to change the terminal, and that is with the command.
+    neighbours: [tokio::signal::unix::Signal; 2],
 }
 
 impl Stops {
     fn listen() -> io::Result<Self> {
-        let at_a_terminal = io::stdin().is_terminal();
-        let stop = |by: Signal| {
-            let listen = at_a_terminal.then(|| signal(SignalKind::from_raw(by.as_raw())));
-            listen.transpose()
-        };
+        let stop = |by: Signal| signal(SignalKind::from_raw(by.as_raw()));
         Ok(Self {
             children: signal(SignalKind::child())?,
             keys: stop(Signal::TSTP)?,
-            neighbours: stop(Signal::TTIN)?,
+            neighbours: [stop(Signal::TTIN)?, stop(Signal::TTOU)?],
         })
     }
 
     /// Answers whether it is we who are to stop, or whether something has become of the command.
     async fn next(&mut self) -> bool {
+        let [reads, writes] = &mut self.neighbours;
         tokio::select! {
-            Some(()) = async { self.keys.as_mut()?.recv().await } => true,
-            Some(()) = async { self.neighbours.as_mut()?.recv().await } => true,
+            _ = self.keys.recv() => true,
+            _ = reads.recv() => true,
+            _ = writes.recv() => true,
             _ = self.children.recv() => false,
         }
     }
@@ -353,9 +360,31 @@ fn stopped(command: Pid) -> Option<Signal> {
 }
 
 /// When Ctrl-Z has stopped the command, or it wants to read in the background, its shell waits for us to stop as well.
-/// Until the shell lets us go on the lock is not renewed.
-fn stop_along() {
-    _ = kill_process_group(rustix::process::getpgrp(), Signal::STOP);
+/// Until the shell lets us go on the lock is not renewed. In the foreground, who wants the terminal gets it.
+fn stop_along(terminal: Option<&mut Terminal>, by: Signal, group: Pid) {
+    let wants_terminal = [Signal::TTIN, Signal::TTOU].contains(&by);
+    let Some(terminal) = terminal else {
+        return stop();
+    };
+    if wants_terminal && terminal.is_in_foreground() {
+        return terminal.lend();
+    }
+    let lent = terminal.take_back();
+    if has_a_shell() {
+        stop();
+    } else if wants_terminal {
+        // It will never get it: as for everybody who is stopped when the last shell has gone.
+        _ = kill_process_group(group, Signal::HUP);
+    }
+    if lent || wants_terminal {
+        terminal.lend();
+    }
+}
+
+fn stop() {
+    if has_a_shell() {
+        _ = kill_process_group(getpgrp(), Signal::STOP);
+    }
 }
 
 /// Asks the command to end, and then makes it, with all that it has started in its group.
@@ -404,28 +433,38 @@ fn number(signal: Signal) -> u8 {
     u8::try_from(signal.as_raw()).unwrap_or(0)
 }
 
-/// The signals that are handed on.
+/// The signals that are handed on, but for those that whoever started us has us ignore, as `nohup` does: the command
+/// ignores them, too.
 #[derive(Debug)]
-struct Signals {
-    interrupt: tokio::signal::unix::Signal,
-    terminate: tokio::signal::unix::Signal,
-    hang_up: tokio::signal::unix::Signal,
-}
+struct Signals(Vec<(Signal, tokio::signal::unix::Signal)>);
 
 impl Signals {
     fn listen() -> io::Result<Self> {
-        Ok(Self {
-            interrupt: signal(SignalKind::interrupt())?,
-            terminate: signal(SignalKind::terminate())?,
-            hang_up: signal(SignalKind::hangup())?,
-        })
+        let ignored = ignored();
+        let all = [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT];
+        let handed_on = all.into_iter().filter(|signal| !is_in(ignored, *signal));
+        let listen = |by: Signal| Ok((by, signal(SignalKind::from_raw(by.as_raw()))?));
+        Ok(Self(handed_on.map(listen).collect::<io::Result<_>>()?))
     }
 
     async fn next(&mut self) -> Signal {
-        tokio::select! {
-            _ = self.interrupt.recv() => Signal::INT,
-            _ = self.terminate.recv() => Signal::TERM,
-            _ = self.hang_up.recv() => Signal::HUP,
-        }
+        std::future::poll_fn(|context| {
+            let mut all = self.0.iter_mut();
+            let came = all.find_map(|(by, signal)| signal.poll_recv(context).is_ready().then_some(*by));
+            came.map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
     }
+}
+
+/// The set of signals that are ignored, where the system tells it as `proc(5)` does.
+fn ignored() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let set = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+fn is_in(set: u64, signal: Signal) -> bool {
+    set & (1 << (signal.as_raw() - 1)) != 0
 }

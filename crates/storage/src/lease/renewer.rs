@@ -275,19 +275,15 @@ fn settle(holds: &Holds, lease: &Lease, sent: Monotonic, ttl: Duration, answer: 
         });
     };
     match answer.until {
-        Some(until) => {
-            if lease.control.renewed(until, lease.hold.trusted_until(sent, ttl)) {
-                again(next_renewal(sent, ttl).due);
-            } else {
-                holds.lose(lease.control.parts().lock_id);
-            }
+        Some(until) if lease.control.renewed(until, lease.hold.trusted_until(sent, ttl)) => {
+            again(next_renewal(sent, ttl).due);
         }
         // Ours, but somebody has the row locked, mostly a fence of our own: it stays as it is until then. Or gone: a
         // fence that releases makes it so before its transaction's end is known here.
         None if answer.live || lease.hold.is_fencing() || lease.hold.has_ended() => {
             again(sent.plus(TRY_AGAIN.min(ttl / 10)));
         }
-        None => {
+        Some(_) | None => {
             holds.lose(lease.control.parts().lock_id);
         }
     }

@@ -355,7 +355,8 @@ impl LockCursor {
             return None;
         }
         let (time, name) = hex.split_at_checked(16)?;
-        let micros = u64::from_str_radix(time, 16).ok()?.cast_signed();
+        // No lock is held since before 1970, and the database knows no time long before that.
+        let micros = i64::from_str_radix(time, 16).ok()?;
         let bytes = (0..name.len())
             .step_by(2)
             .map(|at| u8::from_str_radix(name.get(at..at + 2)?, 16).ok())
@@ -388,6 +389,8 @@ mod tests {
         let text = cursor.to_string();
         assert_eq!(LockCursor::parse(&text), Some(cursor));
         let short = text.get(..text.len() - 1).unwrap();
+        // A time that no database has.
+        let negative = format!("lf0{}", text.get(3..).unwrap());
         for bad in [
             "",
             "l",
@@ -395,6 +398,7 @@ mod tests {
             "c000000000000000161",
             short,
             "l00000000000000ö161",
+            &negative,
         ] {
             assert_eq!(LockCursor::parse(bad), None, "{bad:?}");
         }

@@ -156,7 +156,8 @@ impl Database {
     /// or the heartbeat cannot renew it.
     ///
     /// For a transaction-scoped lock, the statements run in the transaction that has the lock, and its end, commit or
-    /// rollback, is the end of the hold.
+    /// rollback, is the end of the hold. When the hold is lost meanwhile, at its `max_hold` at the latest, `work` is
+    /// dropped where it waits and the connection closed, so that no statement that hangs keeps the lock.
     ///
     /// # Errors
     /// [`TransactionError`]; [`TransactionError::Lost`] when the hold is over, and then nothing was written.
@@ -286,19 +287,29 @@ impl Database {
                     guard,
                     answered: false,
                 };
-                let result = match work(checkout.conn()).await {
-                    Ok(_) if guard.is_lost() => {
+                // What hangs in a statement is not left to itself: only the end of its connection frees the lock.
+                let worked = tokio::select! {
+                    biased;
+                    worked = work(checkout.conn()) => Some(worked),
+                    () = guard.lost() => None,
+                };
+                let result = match worked {
+                    None => {
+                        drop(checkout);
+                        Err(lost())
+                    }
+                    Some(Ok(_)) if guard.is_lost() => {
                         rollback(checkout).await;
                         Err(lost())
                     }
-                    Ok(value) => {
+                    Some(Ok(value)) => {
                         let ending = Ending::unchecked(Some(lock_id), Some(id));
                         finish(pool, checkout, ending).await.map(|()| Fenced {
                             value,
                             fencing_token: None,
                         })
                     }
-                    Err(error) => {
+                    Some(Err(error)) => {
                         if rollback(checkout).await == RolledBack::Gone {
                             self.process.holds.lose(lock_id);
                         }

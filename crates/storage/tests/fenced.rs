@@ -565,3 +565,38 @@ async fn an_extension_that_was_given_up_holds_nothing_up() {
     }
     assert_eq!(bench.written().await.len(), 10);
 }
+
+/// Work that hangs keeps a transaction lock no longer than the longest hold: it is given up, and the lock is free.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_that_hangs_ends_with_the_longest_hold() {
+    let bench = Bench::start().await;
+    let lock = bench.lock(Mode::Transaction);
+    // Each by itself, or the row would belong to the transaction.
+    for statement in [
+        "INSERT INTO written VALUES (1, 0)",
+        "BEGIN; SELECT FROM written FOR UPDATE",
+    ] {
+        bench.client.batch_execute(statement).await.unwrap();
+    }
+    let longest = Duration::from_secs(1);
+    let request = request().with_ttl(longest).with_max_hold(longest);
+    let guard = lock.try_acquire(&request).await.unwrap();
+    let hanging = bench.process.fenced_transaction(&guard, async |conn| {
+        insert(conn, 2).await?;
+        conn.batch_execute("UPDATE written SET token = 1 WHERE value = 1")
+            .await
+    });
+    let refused = tokio::time::timeout(Duration::from_secs(20), hanging)
+        .await
+        .expect("it does not hang");
+    assert!(matches!(refused, Err(TransactionError::Lost)), "{refused:?}");
+    assert!(guard.is_lost());
+    // The stranger still has the row.
+    let next = lock.acquire(&request, Duration::from_secs(20)).await.unwrap();
+    assert_eq!(lock.release(guard).await.unwrap(), Released::AlreadyGone);
+    assert_eq!(lock.release(next).await.unwrap(), Released::Held);
+    bench.client.batch_execute("COMMIT").await.unwrap();
+    assert_eq!(bench.written().await, [1]);
+    let untouched = "SELECT FROM written WHERE value = 1 AND token = 0";
+    assert_eq!(bench.client.query(untouched, &[]).await.unwrap().len(), 1);
+}

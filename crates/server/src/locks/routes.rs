@@ -4,6 +4,7 @@
 //! wait, or the lock that it was granted in that moment. These calls are no writes of the tenant: they enter no gate,
 //! and a lock id does for them what an idempotency key does for writes.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use axum::Json;
@@ -16,7 +17,7 @@ use leasehold_domain::{
 };
 use leasehold_http::openapi::{ReadProblems, WaitPreference, WriteProblems};
 use leasehold_http::{ApiJson, ApiQuery, LockScope, Problem, operation, preferred_wait};
-use leasehold_storage::{Chosen, ClientLease, HandedOver};
+use leasehold_storage::{Chosen, ClientLease, ClientLeases, HandedOver};
 
 use crate::auth::{Access, Manage, Write};
 use crate::locks::model::{
@@ -145,6 +146,10 @@ fn wait(body: &AcquireLock, headers: &HeaderMap, scope: &LockScope, longest: Dur
     }
 }
 
+/// How often a request with a lock id of its own that waits looks whether another one like it was granted: it must be
+/// told within the ttl.
+const LOOK_AGAIN: RangeInclusive<Duration> = Duration::from_millis(250)..=Duration::from_secs(5);
+
 async fn grant(
     state: &AppState,
     request: &LockRequest,
@@ -152,40 +157,68 @@ async fn grant(
     wait: Duration,
 ) -> Result<ClientLease, Problem> {
     let leases = state.db().client_leases();
-    if let Some(chosen) = chosen {
-        match leases.find(request.name(), chosen).await? {
-            Chosen::Unused => {}
-            Chosen::Held(lease) => return Ok(lease),
-            Chosen::Over => return Err(ExtendError::Lost.into()),
-        }
+    if let Some(chosen) = chosen
+        && let Some(known) = known(leases.find(request.name(), chosen).await?)
+    {
+        return known;
     }
-    let acquired = if wait.is_zero() {
-        state.leases().try_acquire(request).await
-    } else {
-        state.leases().acquire(request, wait).await
+    let acquire = async {
+        if wait.is_zero() {
+            state.leases().try_acquire(request).await
+        } else {
+            state.leases().acquire(request, wait).await
+        }
+    };
+    let acquired = tokio::select! {
+        biased;
+        acquired = acquire => acquired,
+        known = granted_elsewhere(&leases, request, chosen) => return known,
     };
     match acquired {
         Ok(guard) => match leases.hand_over(guard, chosen).await? {
             HandedOver::Done(lease) => Ok(lease),
             HandedOver::AlreadyUsed => Err(ExtendError::Lost.into()),
         },
-        Err(error) => match (chosen, &error) {
-            // The same request may have been sent twice at once, and the other one was faster.
-            (
-                Some(chosen),
-                AcquireError::Contended(contention) | AcquireError::TimedOut { contention, .. },
-            ) if contention
-                .held
-                .as_ref()
-                .is_some_and(|held| held.lock_id == Some(chosen)) =>
-            {
-                match leases.find(request.name(), chosen).await? {
-                    Chosen::Held(lease) => Ok(lease),
-                    Chosen::Unused | Chosen::Over => Err(ExtendError::Lost.into()),
-                }
-            }
-            _ => Err(error.into()),
-        },
+        Err(error @ (AcquireError::Contended(_) | AcquireError::TimedOut { .. })) => {
+            // The same request may have been sent twice at once, and the other one was faster: whoever is told of the
+            // holder before the lease is handed over does not know it by its id.
+            let known = match chosen {
+                Some(chosen) => leases.find(request.name(), chosen).await.ok().and_then(known),
+                None => None,
+            };
+            known.unwrap_or_else(|| Err(error.into()))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Waits until another request with the same lock id was granted, for that need not wait for itself. It never resolves
+/// without an id.
+async fn granted_elsewhere(
+    leases: &ClientLeases,
+    request: &LockRequest,
+    chosen: Option<LockId>,
+) -> Result<ClientLease, Problem> {
+    let Some(chosen) = chosen else {
+        return std::future::pending().await;
+    };
+    let pause = (request.ttl() / 4).clamp(*LOOK_AGAIN.start(), *LOOK_AGAIN.end());
+    loop {
+        tokio::time::sleep(pause).await;
+        // The wait goes on while the database is away.
+        let found = leases.find(request.name(), chosen).await;
+        if let Some(known) = found.ok().and_then(known) {
+            return known;
+        }
+    }
+}
+
+/// What a request with this id is answered, unless nobody has used the id yet.
+fn known(found: Chosen) -> Option<Result<ClientLease, Problem>> {
+    match found {
+        Chosen::Unused => None,
+        Chosen::Held(lease) => Some(Ok(lease)),
+        Chosen::Over => Some(Err(ExtendError::Lost.into())),
     }
 }
 

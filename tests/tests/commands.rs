@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use leasehold_domain::{ClaimRequest, Failure, NewWork, Scope, WorkQueue};
 use leasehold_storage::Database;
+use leasehold_system_tests::database::TestDatabase;
 use leasehold_system_tests::http::{get, post};
 use leasehold_system_tests::patience::{eventually, in_time};
 use leasehold_system_tests::secrets;
@@ -317,5 +318,22 @@ async fn commands_bring_a_new_private_server_up_to_date() {
         let ended = ended(command).await;
         drop(fs::remove_dir_all(&folder));
         assert_eq!(ended.printed(), "", "{words:?}");
+    }
+}
+
+/// Whoever meets a database that nobody has migrated is told what to do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schema_that_is_not_current_is_told() {
+    let database = TestDatabase::create_empty().await;
+    for (words, code) in [
+        ("keys list", 1),
+        ("locks list", 1),
+        ("jobs list", 1),
+        ("queue stats", 1),
+        ("run --name a -- true", 69),
+    ] {
+        let mut command = command(Some(database.url()));
+        command.args(words.split_whitespace());
+        ended(command).await.refused(code, "run `leasehold migrate`");
     }
 }

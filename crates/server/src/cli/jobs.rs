@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use leasehold_http::Timestamp;
 use leasehold_storage::{Database, RunNow};
 
-use crate::cli::postgres::{Postgres, connect_briefly};
+use crate::cli::postgres::{Postgres, connect_migrated};
 use crate::cli::{Failed, print};
 use crate::config::{DatabaseConfig, LogConfig};
 use crate::jobs::model::Job;
@@ -64,7 +64,7 @@ pub(crate) fn run(args: &JobsArgs) -> Result<(), Failed> {
         if postgres.is_private() {
             crate::schema::migrations().run(&postgres.options).await?;
         }
-        let db = connect_briefly(&postgres.options).await?;
+        let db = connect_migrated(&postgres.options).await?;
         let done = act(&db, &args.action).await;
         db.shutdown(Duration::from_secs(5)).await;
         print(&done?)

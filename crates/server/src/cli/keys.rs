@@ -10,7 +10,7 @@ use leasehold_storage::{Database, TransactionError, WorkError};
 use uuid::Uuid;
 
 use crate::auth::{self, NewCredential, Role};
-use crate::cli::postgres::{Postgres, connect_briefly};
+use crate::cli::postgres::{Postgres, connect_migrated};
 use crate::cli::{Failed, print};
 use crate::config::{DatabaseConfig, LogConfig};
 use crate::names::Slug;
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &KeysArgs) -> Result<(), Failed> {
         if postgres.is_private() {
             crate::schema::migrations().run(&postgres.options).await?;
         }
-        let db = connect_briefly(&postgres.options).await?;
+        let db = connect_migrated(&postgres.options).await?;
         let done = act(&db, &args.action).await;
         db.shutdown(Duration::from_secs(5)).await;
         print(&done?)

@@ -15,7 +15,7 @@ use leasehold_storage::{Database, HeldView, LockBackend};
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::cli::postgres::{Postgres, connect_briefly};
+use crate::cli::postgres::{Postgres, connect_migrated};
 use crate::cli::{Failed, on_one_line, owner, print, say};
 use crate::config::{DatabaseConfig, LogConfig};
 use crate::locks::model::{FIRST_PART, HolderView};
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &LocksArgs) -> Result<(), Failed> {
         if postgres.is_private() {
             crate::schema::migrations().run(&postgres.options).await?;
         }
-        let db = connect_briefly(&postgres.options).await?;
+        let db = connect_migrated(&postgres.options).await?;
         let done = act(&db, &args.action).await;
         db.shutdown(Duration::from_secs(5)).await;
         print(&done?)

@@ -8,6 +8,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::cli::Failed;
 use crate::config::DatabaseConfig;
+use crate::schema;
 use crate::state::instance;
 
 /// Holds the private data of a project, beside its `.git`.
@@ -62,6 +63,23 @@ impl Postgres {
 /// Connects for a command that does little and ends.
 pub(crate) async fn connect_briefly(options: &ConnectOptions) -> Result<Database, Failed> {
     Ok(Database::connect(options.clone(), 2).await?)
+}
+
+/// As [`connect_briefly`], to a schema that this program can use.
+pub(crate) async fn connect_migrated(options: &ConnectOptions) -> Result<Database, Failed> {
+    let migrations = schema::migrations();
+    let (db, status) = tokio::join!(connect_briefly(options), migrations.status(options));
+    // Who may not read what was migrated is told so by what he asks for.
+    if let Ok(status) = status
+        && !status.pending.is_empty()
+    {
+        let missing = status.pending.join(", ");
+        return Err(format!(
+            "the schema of the database is not current (missing: {missing}): run `leasehold migrate`"
+        )
+        .into());
+    }
+    db
 }
 
 /// The folder with `.git` that the current one is in, or the current one where there is none.

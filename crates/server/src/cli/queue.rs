@@ -8,7 +8,7 @@ use leasehold_domain::{Page, WorkQueue};
 use leasehold_storage::Database;
 use serde::Serialize;
 
-use crate::cli::postgres::{Postgres, connect_briefly};
+use crate::cli::postgres::{Postgres, connect_migrated};
 use crate::cli::{Failed, on_one_line, print};
 use crate::config::{DatabaseConfig, LogConfig};
 use crate::deliveries;
@@ -85,7 +85,7 @@ pub(crate) fn run(args: &QueueArgs) -> Result<(), Failed> {
         if postgres.is_private() {
             crate::schema::migrations().run(&postgres.options).await?;
         }
-        let db = connect_briefly(&postgres.options).await?;
+        let db = connect_migrated(&postgres.options).await?;
         let done = act(&db, &args.action).await;
         db.shutdown(Duration::from_secs(5)).await;
         print(&done?)

@@ -18,7 +18,7 @@ use rustix::process::{
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli::postgres::{Postgres, connect_briefly};
+use crate::cli::postgres::{Postgres, connect_migrated};
 use crate::cli::terminal::{Terminal, has_a_shell};
 use crate::cli::{Failed, USAGE, in_one_line, owner, say};
 use crate::config::{DatabaseConfig, LogConfig};
@@ -134,7 +134,7 @@ fn run_under_lock(args: &RunArgs) -> Result<u8, Ending> {
         // From here on a signal is not our end, but the command's.
         let mut signals = Signals::listen().map_err(Ending::away)?;
         let db = tokio::select! {
-            db = connect_briefly(&postgres.options) => db.map_err(Ending::away)?,
+            db = connect_migrated(&postgres.options) => db.map_err(Ending::away)?,
             signal = signals.next() => return Ok(KILLED + number(signal)),
         };
         let done = acquire_and_run(args, &db, &mut signals).await;

@@ -389,12 +389,12 @@ fn stop() {
 
 /// Asks the command to end, and then makes it, with all that it has started in its group.
 async fn end(child: &mut Child, group: Pid) -> io::Result<ExitStatus> {
-    say("leasehold: the lock is lost: the command is stopped");
     let since = Instant::now();
     for signal in [Signal::TERM, Signal::CONT] {
         // It may have ended.
         _ = kill_process_group(group, signal);
     }
+    say("leasehold: the lock is lost: the command is stopped");
     let ended = tokio::time::timeout(GRACE, child.wait()).await;
     while since.elapsed() < GRACE && test_kill_process_group(group).is_ok() {
         tokio::time::sleep(LOOK).await;

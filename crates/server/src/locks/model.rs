@@ -30,6 +30,17 @@ pub(crate) fn lock_name(tenant: &str, name: &str) -> Result<LockName, Invalid> {
     LockName::new([FIRST_PART, tenant, name])
 }
 
+/// Between which names, as they are stored, those of a tenant's locks are: from the first on, before the second.
+///
+/// # Errors
+/// Never for names that were checked.
+pub(crate) fn names_of(tenant: &str) -> Result<(String, String), Invalid> {
+    let first = LockName::new([FIRST_PART, tenant])?.encoded().to_owned();
+    // The next part begins with `|`, which `}` comes after.
+    let end = format!("{first}}}");
+    Ok((first, end))
+}
+
 /// What the clients of a tenant call a lock: 1 to 256 bytes, in which `/` means nothing.
 #[derive(Clone, Debug, PartialEq, Eq, ToSchema)]
 #[schema(value_type = String, min_length = 1, max_length = 256, example = "deploy/prod")]

@@ -8,6 +8,7 @@ use leasehold_http::{ApiJson, ApiQuery, Code, FieldError, NoBody, Problem};
 use crate::answer::Answer;
 use crate::auth::{Access, NoTenant, Operate};
 use crate::idempotency::Sent;
+use crate::locks::model::names_of;
 use crate::paging::{Page, PageQuery};
 use crate::state::AppState;
 use crate::tenants::model::{NewTenant, Tenant, TenantPath};
@@ -77,7 +78,7 @@ pub(crate) async fn get(
 
 /// Delete a tenant
 ///
-/// Only one that owns nothing; its keys go with it. Needs an admin's key for all tenants.
+/// Only one that owns nothing; its keys go with it, and the locks that its clients hold. Needs an admin's key for all tenants.
 #[utoipa::path(
     delete, path = "/v1/tenants/{tenant}", tag = "tenants", operation_id = "delete_tenant",
     params(TenantPath, IdempotencyKey),
@@ -89,10 +90,11 @@ pub(crate) async fn delete(
     Sent { once, .. }: Sent<NoBody>,
 ) -> Result<Answer, Problem> {
     let id = access.path.tenant.as_str();
+    let locks = names_of(id)?;
     let timeout = state.settings().purge_wait;
     state
         .drained(&once, id, timeout, async |conn, _| {
-            match store::delete(conn, id).await? {
+            match store::delete(conn, id, &locks).await? {
                 Deleted::Done => Ok(Answer::no_content()),
                 Deleted::OwnsSomething => {
                     let detail = "owns something: purge its data first";

@@ -80,8 +80,9 @@ pub(crate) enum Deleted {
     NoSuchTenant,
 }
 
-// What is still to be told of it, what could not be told, and the answers that were kept for its clients mean nothing to
-// another tenant of that id.
+// What is still to be told of it, what could not be told, the answers that were kept for its clients and the locks that
+// they hold mean nothing to another tenant of that id. Tokens go on rising all the same. Binds: id, the first name that a
+// lock of it can have, and the first after those.
 const DELETE: &str = "
     WITH answers AS (
         DELETE FROM idempotency_keys WHERE tenant_id = $1
@@ -91,13 +92,29 @@ const DELETE: &str = "
         DELETE FROM leasehold.work_items WHERE tenant_id = $1
     ), letters AS (
         DELETE FROM leasehold.dead_letters WHERE tenant_id = $1
+    ), locks AS (
+        DELETE FROM leasehold.leases WHERE name COLLATE \"C\" >= $2 AND name COLLATE \"C\" < $3
+        RETURNING lock_id, fencing_token
+    ), asked AS (
+        DELETE FROM leasehold.client_leases AS c USING locks WHERE c.lock_id = locks.lock_id
+    ), raised AS (
+        UPDATE leasehold.token_floor SET floor = highest.token
+        FROM (SELECT max(fencing_token) AS token FROM locks) AS highest
+        WHERE floor < highest.token
     )
     DELETE FROM tenants WHERE id = $1";
 
 /// Deletes a tenant and its keys, if it owns nothing else: the foreign keys of what it owns say no. The transaction has
-/// the tenant for itself.
-pub(crate) async fn delete(conn: &mut AsyncPgConnection, id: &str) -> QueryResult<Deleted> {
-    let delete = diesel::sql_query(DELETE).bind::<Text, _>(id);
+/// the tenant for itself. Its locks have names from the first of `locks` on, before the second.
+pub(crate) async fn delete(
+    conn: &mut AsyncPgConnection,
+    id: &str,
+    (first, end): &(String, String),
+) -> QueryResult<Deleted> {
+    let delete = diesel::sql_query(DELETE)
+        .bind::<Text, _>(id)
+        .bind::<Text, _>(first)
+        .bind::<Text, _>(end);
     match Prepared(delete).execute(conn).await {
         Ok(0) => Ok(Deleted::NoSuchTenant),
         Ok(_) => Ok(Deleted::Done),

@@ -73,6 +73,26 @@ async fn tenants(api: Api) {
     assert_eq!(client.query_one(left, &[]).await.unwrap().get::<_, i64>(0), 0);
     api.get("/v1/tenants/zeta").await.problem(404, "not_found");
     api.delete("/v1/tenants/zeta").await.problem(404, "not_found");
+
+    // Nor does the next one of that name meet the locks of this one, but tokens above theirs.
+    let mut last = 0;
+    for _ in 0..2 {
+        api.post("/v1/tenants", json!({"id": "zeta"})).await.is(201);
+        for lock in ["a", "b"] {
+            let acquire = format!("/v1/tenants/zeta/locks/{lock}/acquire");
+            let granted = api.post(&acquire, json!({"ttl_ms": 60_000})).await.is(200);
+            let token = granted["fencing_token"].as_i64().unwrap();
+            assert!(token > last, "{granted}");
+        }
+        let kept = json!({"ttl_ms": 60_000});
+        let kept = api.post("/v1/tenants/acme/locks/a/acquire", kept).await.is(200);
+        api.delete("/v1/tenants/zeta").await.is(204);
+        let release = json!({"lock_id": kept["lock_id"]});
+        let released = api.post("/v1/tenants/acme/locks/a/release", release).await;
+        assert_eq!(released.is(200)["released"], true);
+        let highest = "SELECT floor FROM leasehold.token_floor";
+        last = client.query_one(highest, &[]).await.unwrap().get::<_, i64>(0);
+    }
 }
 
 async fn workspaces(api: Api) {

@@ -15,10 +15,12 @@ use leasehold_domain::{
     AcquireError, ExtendError, FencingToken, LockGuard, LockId, LockName, ReleaseError, Released, Ttl,
     Unavailable,
 };
+use tokio::time::Instant;
 
 use crate::database::Database;
 use crate::error::StorageError;
 use crate::holds::Scope;
+use crate::lease::row::SWEEP;
 use crate::lease::seconds;
 use crate::observe;
 use crate::process::Process;
@@ -352,7 +354,9 @@ impl ClientLeases {
         let row: CountRow = self
             .process
             .pool
-            .ask(async |conn| Ok::<_, StorageError>(Prepared(forget).get_result(conn).await?))
+            .ask_until(Instant::now() + SWEEP, async |conn| {
+                Ok::<_, StorageError>(Prepared(forget).get_result(conn).await?)
+            })
             .await?;
         Ok(u64::try_from(row.forgotten).unwrap_or(0))
     }

@@ -34,7 +34,7 @@ use crate::statement::Prepared;
 use crate::waiting::Attempt;
 
 /// How long the removal of unused rows may take: there may be very many.
-const SWEEP: Duration = Duration::from_secs(60);
+pub(crate) const SWEEP: Duration = Duration::from_secs(60);
 
 /// A lock on names of its own, kept in `leasehold.leases`. Rows are made as names are first used.
 ///

@@ -51,7 +51,8 @@ pub(crate) const STORAGE: MigrationSet = embed_migrations!(
         "2026-11-21-000005_queue_functions",
         "2026-11-21-000006_client_leases",
         "2026-11-21-000007_waits",
-        "2026-11-21-000008_repairs"
+        "2026-11-21-000008_repairs",
+        "2026-11-21-000009_leases_prefix"
     ]
 );
 

@@ -1,0 +1,1 @@
+DROP INDEX leasehold.leases_prefix;

@@ -285,7 +285,8 @@ async fn the_same_request_waits_not_for_itself() {
         released.elapsed()
     );
     assert!(grants.iter().all(|grant| *grant == grants[0]), "{grants:?}");
-    assert_eq!(waiters(&api, "a").await, Some(0));
+    // The other instance tells of its waits once in a while.
+    eventually("nobody waits", async || waiters(&api, "a").await == Some(0)).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

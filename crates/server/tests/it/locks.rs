@@ -474,7 +474,9 @@ async fn whoever_hangs_up_waits_no_longer_and_holds_nothing() {
 async fn an_admin_takes_a_lock_away() {
     let api = start().await;
     let writer = api.with_key(&api.new_key("w", Role::Writer, Some("acme")).await);
-    let granted = acquire(&writer, "a", json!({"ttl_ms": 60_000})).await.is(200);
+    let held = json!({"ttl_ms": 60_000, "metadata": {"run": 7}});
+    let granted = acquire(&writer, "a", held).await.is(200);
+    let shown = api.get(&format!("{LOCKS}/a")).await.is(200);
     let path = format!("{LOCKS}/a?reason=stuck");
     writer.delete(&path).await.problem(403, "forbidden");
     api.delete(&format!("{LOCKS}/a"))
@@ -489,6 +491,8 @@ async fn an_admin_takes_a_lock_away() {
         (&granted["lock_id"], &json!("a"))
     );
     assert_eq!(ended["holder"]["owner"], "w");
+    assert_eq!(ended["holder"]["metadata"], json!({"run": 7}));
+    assert_eq!(ended["holder"], shown["holder"]);
     api.delete(&path).await.problem(404, "not_found");
     act(&writer, "a", "extend", json!({"lock_id": granted["lock_id"]}))
         .await

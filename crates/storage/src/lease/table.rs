@@ -356,7 +356,7 @@ impl LeaseTable {
             fence: fill(&FENCE.replace("{set}", "{expires_at} = t.{expires_at}")),
             fence_and_release: fill(&FENCE.replace("{set}", "{clear}")),
             inspect: fill(&INSPECT.replace("{told}", told)),
-            force_release: fill(FORCE_RELEASE),
+            force_release: fill(&FORCE_RELEASE.replace("{told}", told)),
             held: fill(
                 &HELD
                     .replace("{told}", told)
@@ -544,7 +544,7 @@ SELECT '{kind}', {name}, NULL, NULL, 'exclusive', {id}, {operation}, {by}, {told
 const FORCE_RELEASE: &str = "\
 WITH mine AS MATERIALIZED (
     SELECT {keys}, {id} AS lock_id, {operation} AS operation, {by} AS locked_by, {acquired_at} AS acquired_at,
-           {expires_at} AS expires_at, {token} AS fencing_token
+           {expires_at} AS expires_at, {token} AS fencing_token, {told}
     FROM {table} AS t WHERE {match 4} AND {id} IS NOT NULL FOR NO KEY UPDATE
 ), ended AS (
     UPDATE {table} AS t
@@ -556,6 +556,4 @@ WITH mine AS MATERIALIZED (
            (name, released_by, reason, lock_id, operation, locked_by, acquired_at, expires_at, fencing_token)
     SELECT $1, $2, $3, lock_id, operation, locked_by, acquired_at, expires_at, fencing_token FROM ended
 )
-SELECT lock_id, operation, locked_by, NULL::text AS instance, NULL::jsonb AS metadata, acquired_at, expires_at,
-       fencing_token
-FROM ended";
+SELECT lock_id, operation, locked_by, instance, metadata, acquired_at, expires_at, fencing_token FROM ended";

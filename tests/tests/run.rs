@@ -546,6 +546,7 @@ async fn a_command_that_takes_too_long_is_stopped() {
     let options = ["--ttl", "500ms", "--max-hold", "1s"];
     let mut running = Running::start(&world, &options, "exec sleep 1000").await;
     assert_eq!(running.ended().await.code(), Some(70), "{}", running.output());
+    assert!(running.output().contains("--max-hold"), "{}", running.output());
     assert!(!running.command_runs());
     within(Duration::from_secs(2), "it is free", async || {
         is_free(&world).await

@@ -385,7 +385,7 @@ async fn a_lock_that_was_lost_while_it_was_stopped_lets_nothing_go_on() {
     let acquired = world.api.send(post(format!("{LOCK}/acquire"), &body)).await;
     acquired.expect(200);
     shell.enter("fg");
-    shell.shows("the lock is lost").await;
+    shell.shows("the lock is not ours any more").await;
     shell.says_code(70).await;
     let screen = shell.screen.lock().unwrap();
     let (_, since) = screen.rsplit_once("Stopped").unwrap();

@@ -39,6 +39,8 @@ const KILLED: u8 = 128;
 const GRACE: Duration = Duration::from_secs(5);
 /// How often it is looked whether all of it has ended.
 const LOOK: Duration = Duration::from_millis(20);
+/// A hold is trusted until so much before its end, at most.
+const MARGIN: Duration = Duration::from_secs(1);
 /// How long the release may take.
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
@@ -172,6 +174,7 @@ async fn acquire_and_run(args: &RunArgs, db: &Database, signals: &mut Signals) -
         // Dropping the wait leaves nothing behind.
         signal = signals.next() => return Ok(KILLED + number(signal)),
     };
+    let since = Instant::now();
     let ended = match Stops::listen().and_then(|stops| Ok((start(args, &guard)?, stops))) {
         Ok((child, stops)) => attend(child, &guard, signals, stops).await,
         Err(error) => {
@@ -188,9 +191,13 @@ async fn acquire_and_run(args: &RunArgs, db: &Database, signals: &mut Signals) -
     match ended {
         // What ended before its lock did, ended under it. Whether it did is for the database to say.
         Ok(Some(status)) if release(&locks, guard).await => Ok(code(status)),
+        Ok(_) if since.elapsed() + MARGIN >= args.max_hold => Err(Ending::new(
+            LOST,
+            "the lock was held for as long as --max-hold allows",
+        )),
         Ok(_) => Err(Ending::new(
             LOST,
-            "the lock was lost, or held for as long as it may be",
+            "the lock was lost: it was taken away, or could not be renewed in time",
         )),
         Err(error) => Err(Ending::new(
             LOST,
@@ -394,7 +401,7 @@ async fn end(child: &mut Child, group: Pid) -> io::Result<ExitStatus> {
         // It may have ended.
         _ = kill_process_group(group, signal);
     }
-    say("leasehold: the lock is lost: the command is stopped");
+    say("leasehold: the lock is not ours any more: the command is stopped");
     let ended = tokio::time::timeout(GRACE, child.wait()).await;
     while since.elapsed() < GRACE && test_kill_process_group(group).is_ok() {
         tokio::time::sleep(LOOK).await;

@@ -147,7 +147,7 @@ async fn a_write_is_done_once_whichever_round_trip_breaks(mode: &'static str) {
             let what = format!("{fault:?} of {step}");
             let before = effects(&world).await;
             let mut hit = match *step {
-                "COMMIT" => proxy.on_commit_of("idempotency_keys", fault),
+                "COMMIT" => proxy.on_commit_of("INSERT INTO idempotency_keys", fault),
                 step => proxy.on(step, fault),
             };
             let first = world.api.send(keyed(&call, &key)).await;
@@ -175,7 +175,7 @@ async fn an_answer_that_was_lost_is_given_again(mode: &'static str) {
     for (call, effect) in writes("unknown") {
         let key = format!("key-{}", effect[0]);
         let before = effects(&world).await;
-        let mut hit = proxy.on_commit_of("idempotency_keys", Fault::LoseAnswerAndGoAway);
+        let mut hit = proxy.on_commit_of("INSERT INTO idempotency_keys", Fault::LoseAnswerAndGoAway);
         let lost = world.api.send(keyed(&call, &key)).await;
         hit.happened().await;
         assert_eq!(
@@ -194,7 +194,7 @@ async fn a_service_that_was_killed_behind_its_commit_has_stored_the_answer(mode:
     for (call, effect) in writes("killed") {
         let (mut world, proxy) = behind_a_proxy(mode).await;
         let before = effects(&world).await;
-        let mut hit = proxy.on_commit_of("idempotency_keys", Fault::HoldAnswer);
+        let mut hit = proxy.on_commit_of("INSERT INTO idempotency_keys", Fault::HoldAnswer);
         let (api, first) = (world.api.clone(), keyed(&call, "key"));
         let first = tokio::spawn(async move { api.try_send(first).await });
         hit.happened().await;

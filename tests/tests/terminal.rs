@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, mpsc};
 
-use leasehold_system_tests::http::{get, post};
+use leasehold_system_tests::http::{delete, get, post};
 use leasehold_system_tests::patience::eventually;
 use leasehold_system_tests::service::{command, program};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -17,6 +17,8 @@ const LOCK: &str = "/v1/tenants/acme/locks/deploy";
 const CTRL_C: &str = "\x03";
 const CTRL_D: &str = "\x04";
 const CTRL_Z: &str = "\x1a";
+const CTRL_S: &str = "\x13";
+const CTRL_Q: &str = "\x11";
 const CTRL_BACKSLASH: &str = "\x1c";
 
 /// A shell at a terminal. Dropping it hangs up.
@@ -37,7 +39,7 @@ impl Shell {
 
     /// This program in the place of the shell.
     fn without(world: &World, program_and_arguments: &[&str]) -> Self {
-        let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&terminal).unwrap();
         unlockpt(&terminal).unwrap();
         let path = ptsname(&terminal, Vec::new()).unwrap().into_string().unwrap();
@@ -258,6 +260,26 @@ async fn a_redirected_command_has_the_terminal_all_the_same() {
     assert!(is_free(&world).await);
 }
 
+/// What is to be said waits for Ctrl-Q; the end of a command whose lock is lost does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_that_takes_nothing_holds_up_no_end() {
+    let world = World::start("lease").await;
+    let mut shell = Shell::start(&world).await;
+    shell.enter("$run --ttl 1s -- sh -c 'trap \"\" TERM; echo com\"\"mand $$; while :; do sleep 0.1; done'");
+    shell.shows("command ").await;
+    let command = shell.line().await;
+    shell.press(CTRL_S);
+    let forced = world.api.send(delete(format!("{LOCK}?reason=stuck"))).await;
+    forced.expect(200);
+    let process = format!("/proc/{command}");
+    eventually("the command has ended", async || {
+        !std::path::Path::new(&process).exists()
+    })
+    .await;
+    shell.press(CTRL_Q);
+    shell.says_code(70).await;
+}
+
 /// As after `ssh -t host leasehold run`: nobody could let it go on.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_shell_ctrl_z_stops_nothing() {
@@ -385,7 +407,7 @@ async fn a_lock_that_was_lost_while_it_was_stopped_lets_nothing_go_on() {
     let acquired = world.api.send(post(format!("{LOCK}/acquire"), &body)).await;
     acquired.expect(200);
     shell.enter("fg");
-    shell.shows("the lock is not ours any more").await;
+    shell.shows("the lock was lost").await;
     shell.says_code(70).await;
     let screen = shell.screen.lock().unwrap();
     let (_, since) = screen.rsplit_once("Stopped").unwrap();

@@ -401,7 +401,8 @@ async fn end(child: &mut Child, group: Pid) -> io::Result<ExitStatus> {
         // It may have ended.
         _ = kill_process_group(group, signal);
     }
-    say("leasehold: the lock is not ours any more: the command is stopped");
+    // A terminal that Ctrl-S has stopped takes nothing, and must not hold this up.
+    std::thread::spawn(|| say("leasehold: the lock is not ours any more: the command is stopped"));
     let ended = tokio::time::timeout(GRACE, child.wait()).await;
     while since.elapsed() < GRACE && test_kill_process_group(group).is_ok() {
         tokio::time::sleep(LOOK).await;

@@ -7,7 +7,7 @@ use clap::{Args, Subcommand};
 use leasehold_http::Timestamp;
 use leasehold_storage::{Database, RunNow};
 
-use crate::cli::postgres::{Postgres, connect_migrated};
+use crate::cli::postgres::Postgres;
 use crate::cli::{Failed, print};
 use crate::config::{DatabaseConfig, LogConfig};
 use crate::jobs::model::Job;
@@ -61,10 +61,7 @@ pub(crate) fn run(args: &JobsArgs) -> Result<(), Failed> {
     telemetry::start(&common.log);
     let postgres = Postgres::find(&common.database)?;
     postgres.runtime.block_on(async {
-        if postgres.is_private() {
-            crate::schema::migrations().run(&postgres.options).await?;
-        }
-        let db = connect_migrated(&postgres.options).await?;
+        let db = postgres.connect().await?;
         let done = act(&db, &args.action).await;
         db.shutdown(Duration::from_secs(5)).await;
         print(&done?)

@@ -10,7 +10,7 @@ use leasehold_storage::{Database, TransactionError, WorkError};
 use uuid::Uuid;
 
 use crate::auth::{self, NewCredential, Role};
-use crate::cli::postgres::{Postgres, connect_migrated};
+use crate::cli::postgres::Postgres;
 use crate::cli::{Failed, print};
 use crate::config::{DatabaseConfig, LogConfig};
 use crate::names::Slug;
@@ -91,10 +91,7 @@ pub(crate) fn run(args: &KeysArgs) -> Result<(), Failed> {
     telemetry::start(&common.log);
     let postgres = Postgres::find(&common.database)?;
     postgres.runtime.block_on(async {
-        if postgres.is_private() {
-            crate::schema::migrations().run(&postgres.options).await?;
-        }
-        let db = connect_migrated(&postgres.options).await?;
+        let db = postgres.connect().await?;
         let done = act(&db, &args.action).await;
         db.shutdown(Duration::from_secs(5)).await;
         print(&done?)

@@ -15,7 +15,7 @@ use leasehold_storage::{Database, HeldView, LockBackend};
 use serde::Serialize;
 use uuid::Uuid;
 
-use crate::cli::postgres::{Postgres, connect_migrated};
+use crate::cli::postgres::Postgres;
 use crate::cli::{Failed, on_one_line, owner, print, say};
 use crate::config::{DatabaseConfig, LogConfig};
 use crate::locks::model::{FIRST_PART, HolderView};
@@ -91,10 +91,7 @@ pub(crate) fn run(args: &LocksArgs) -> Result<(), Failed> {
     telemetry::start(&which.log);
     let postgres = Postgres::find(&which.database)?;
     postgres.runtime.block_on(async {
-        if postgres.is_private() {
-            crate::schema::migrations().run(&postgres.options).await?;
-        }
-        let db = connect_migrated(&postgres.options).await?;
+        let db = postgres.connect().await?;
         let done = act(&db, &args.action).await;
         db.shutdown(Duration::from_secs(5)).await;
         print(&done?)

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use leasehold_embedded::Cluster;
+use leasehold_storage::migrate::Status;
 use leasehold_storage::{ConnectOptions, Database};
 use tokio::runtime::{Builder, Runtime};
 
@@ -58,6 +59,22 @@ impl Postgres {
     pub(crate) fn is_private(&self) -> bool {
         self.private.is_some()
     }
+
+    /// Connects for a command that does little and ends, to a schema that this program can use. That of the private
+    /// server is brought up to date.
+    pub(crate) async fn connect(&self) -> Result<Database, Failed> {
+        let migrations = schema::migrations();
+        if self.is_private() {
+            migrations.run(&self.options).await?;
+            return connect_briefly(&self.options).await;
+        }
+        let (db, status) = tokio::join!(connect_briefly(&self.options), migrations.status(&self.options));
+        // Who may not read what was migrated is told so by what he asks for.
+        match status.ok().as_ref().and_then(not_current) {
+            Some(why) => Err(why.into()),
+            None => db,
+        }
+    }
 }
 
 /// Connects for a command that does little and ends.
@@ -65,21 +82,12 @@ pub(crate) async fn connect_briefly(options: &ConnectOptions) -> Result<Database
     Ok(Database::connect(options.clone(), 2).await?)
 }
 
-/// As [`connect_briefly`], to a schema that this program can use.
-pub(crate) async fn connect_migrated(options: &ConnectOptions) -> Result<Database, Failed> {
-    let migrations = schema::migrations();
-    let (db, status) = tokio::join!(connect_briefly(options), migrations.status(options));
-    // Who may not read what was migrated is told so by what he asks for.
-    if let Ok(status) = status
-        && !status.pending.is_empty()
-    {
-        let missing = status.pending.join(", ");
-        return Err(format!(
-            "the schema of the database is not current (missing: {missing}): run `leasehold migrate`"
-        )
-        .into());
-    }
-    db
+/// What to say of a schema that lacks something.
+pub(crate) fn not_current(status: &Status) -> Option<String> {
+    let missing = status.pending.join(", ");
+    (!missing.is_empty()).then(|| {
+        format!("the schema of the database is not current (missing: {missing}): run `leasehold migrate`")
+    })
 }
 
 /// The folder with `.git` that the current one is in, or the current one where there is none.

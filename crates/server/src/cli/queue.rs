@@ -8,7 +8,7 @@ use leasehold_domain::{Page, WorkQueue};
 use leasehold_storage::Database;
 use serde::Serialize;
 
-use crate::cli::postgres::{Postgres, connect_migrated};
+use crate::cli::postgres::Postgres;
 use crate::cli::{Failed, on_one_line, print};
 use crate::config::{DatabaseConfig, LogConfig};
 use crate::deliveries;
@@ -82,10 +82,7 @@ pub(crate) fn run(args: &QueueArgs) -> Result<(), Failed> {
     telemetry::start(&common.log);
     let postgres = Postgres::find(&common.database)?;
     postgres.runtime.block_on(async {
-        if postgres.is_private() {
-            crate::schema::migrations().run(&postgres.options).await?;
-        }
-        let db = connect_migrated(&postgres.options).await?;
+        let db = postgres.connect().await?;
         let done = act(&db, &args.action).await;
         db.shutdown(Duration::from_secs(5)).await;
         print(&done?)

@@ -18,7 +18,7 @@ use rustix::process::{
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli::postgres::{Postgres, connect_migrated};
+use crate::cli::postgres::Postgres;
 use crate::cli::terminal::{Terminal, has_a_shell};
 use crate::cli::{Failed, USAGE, in_one_line, owner, say};
 use crate::config::{DatabaseConfig, LogConfig};
@@ -129,14 +129,10 @@ fn run_under_lock(args: &RunArgs) -> Result<u8, Ending> {
     check(args)?;
     let postgres = Postgres::find(&args.database).map_err(Ending::away)?;
     postgres.runtime.block_on(async {
-        if postgres.is_private() {
-            let migrations = crate::schema::migrations();
-            migrations.run(&postgres.options).await.map_err(Ending::away)?;
-        }
         // From here on a signal is not our end, but the command's.
         let mut signals = Signals::listen().map_err(Ending::away)?;
         let db = tokio::select! {
-            db = connect_migrated(&postgres.options) => db.map_err(Ending::away)?,
+            db = postgres.connect() => db.map_err(Ending::away)?,
             signal = signals.next() => return Ok(KILLED + number(signal)),
         };
         let done = acquire_and_run(args, &db, &mut signals).await;
@@ -371,15 +367,14 @@ fn stopped(command: Pid) -> Option<Signal> {
 fn stop_along(terminal: Option<&mut Terminal>, by: Signal, group: Pid) {
     let wants_terminal = [Signal::TTIN, Signal::TTOU].contains(&by);
     let Some(terminal) = terminal else {
-        return stop();
+        stop();
+        return;
     };
     if wants_terminal && terminal.is_in_foreground() {
         return terminal.lend();
     }
     let lent = terminal.take_back();
-    if has_a_shell() {
-        stop();
-    } else if wants_terminal {
+    if !stop() && wants_terminal {
         // It will never get it: as for everybody who is stopped when the last shell has gone.
         _ = kill_process_group(group, Signal::HUP);
     }
@@ -388,10 +383,13 @@ fn stop_along(terminal: Option<&mut Terminal>, by: Signal, group: Pid) {
     }
 }
 
-fn stop() {
-    if has_a_shell() {
+/// Stops us, and comes back when the shell lets us go on; answers whether there is one.
+fn stop() -> bool {
+    let stops = has_a_shell();
+    if stops {
         _ = kill_process_group(getpgrp(), Signal::STOP);
     }
+    stops
 }
 
 /// Asks the command to end, and then makes it, with all that it has started in its group.

@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::cli::postgres::Postgres;
+use crate::cli::postgres::{Postgres, not_current};
 use crate::cli::{Failed, print};
 use crate::config::{ServeConfig, WorkspaceLockMode};
 use crate::deliveries::Deliveries;
@@ -63,12 +63,8 @@ async fn prepare_schema(config: &ServeConfig, postgres: &Postgres) -> Result<(),
         return Ok(());
     }
     let status = migrations.status(&postgres.options).await?;
-    if !status.pending.is_empty() {
-        let missing = status.pending.join(", ");
-        return Err(format!(
-            "the schema of the database is not current (missing: {missing}): run `leasehold migrate`, or pass --migrate"
-        )
-        .into());
+    if let Some(why) = not_current(&status) {
+        return Err(format!("{why}, or pass --migrate").into());
     }
     if !status.newer.is_empty() {
         tracing::info!(newer = ?status.newer, "the schema is newer than this program, which works with it");

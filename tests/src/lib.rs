@@ -10,6 +10,7 @@
 pub mod database;
 pub mod http;
 pub mod patience;
+pub mod process;
 pub mod proxy;
 pub mod secrets;
 pub mod service;

@@ -12,6 +12,7 @@ use leasehold_storage::Database;
 use leasehold_storage::advisory::AdvisoryKey;
 use leasehold_system_tests::http::{delete, get, post};
 use leasehold_system_tests::patience::{PATIENCE, eventually, in_time, within};
+use leasehold_system_tests::process::state;
 use leasehold_system_tests::secrets;
 use leasehold_system_tests::service::command;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
@@ -181,11 +182,7 @@ async fn a_signal_ends_a_command_that_is_stopped() {
     let world = world().await;
     let mut running = Running::start(&world, &[], "kill -STOP $$; echo went on").await;
     let command = running.command.unwrap().as_raw_nonzero();
-    eventually("it is stopped", async || {
-        let stat = fs::read_to_string(format!("/proc/{command}/stat")).unwrap();
-        stat.rsplit_once(") ").unwrap().1.starts_with('T')
-    })
-    .await;
+    eventually("it is stopped", async || state(command) == Some('T')).await;
     running.signal(Signal::TERM);
     assert_eq!(running.ended().await.code(), Some(143));
     assert!(!running.output().contains("went on"));
@@ -533,9 +530,9 @@ async fn a_command_that_does_not_stop_is_killed_with_all_it_has_started() {
     assert_eq!(running.ended().await.code(), Some(70), "{}", running.output());
     assert!(!running.command_runs());
     // Who has lost its parent is buried by somebody else.
+    let child = child.as_raw_nonzero();
     eventually("its child has ended", async || {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", child.as_raw_nonzero()));
-        stat.map_or(true, |stat| stat.contains(") Z "))
+        matches!(state(child), None | Some('Z'))
     })
     .await;
 }

@@ -7,13 +7,16 @@ use std::sync::{Arc, Mutex, mpsc};
 
 use leasehold_system_tests::http::{delete, get, post};
 use leasehold_system_tests::patience::eventually;
+use leasehold_system_tests::process::state;
 use leasehold_system_tests::service::{command, program};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use serde_json::json;
 
 use crate::world::World;
 
 const LOCK: &str = "/v1/tenants/acme/locks/deploy";
+const PROMPT: &str = "prompt> ";
 const CTRL_C: &str = "\x03";
 const CTRL_D: &str = "\x04";
 const CTRL_Z: &str = "\x1a";
@@ -31,10 +34,8 @@ struct Shell {
 
 impl Shell {
     /// In it `$run` is a run under the lock of these tests.
-    async fn start(world: &World) -> Self {
-        let mut shell = Self::without(world, &["bash", "--norc", "--noprofile", "-i"]);
-        shell.shows("prompt> ").await;
-        shell
+    fn start(world: &World) -> Self {
+        Self::without(world, &["bash", "--norc", "--noprofile", "-i"])
     }
 
     /// This program in the place of the shell.
@@ -53,7 +54,7 @@ impl Shell {
             .envs(variables.filter_map(|(name, value)| Some((name, value?))))
             .env("RUST_LOG", "warn")
             .env("run", format!("{} run --name deploy", program().display()))
-            .envs([("TERM", "dumb"), ("PS1", "prompt> "), ("HISTFILE", "/dev/null")])
+            .envs([("TERM", "dumb"), ("PS1", PROMPT), ("HISTFILE", "/dev/null")])
             .stdin(side())
             .stdout(side())
             .stderr(side())
@@ -88,11 +89,6 @@ impl Shell {
         self.keyboard.send(keys.to_owned()).unwrap();
     }
 
-    /// What is typed is on the screen as well: there it must look otherwise than what it prints.
-    fn enter(&self, line: &str) {
-        self.press(&format!("{line}\n"));
-    }
-
     /// Waits until something is on the screen, below what was waited for before.
     async fn shows(&mut self, what: &str) {
         let screen = Arc::clone(&self.screen);
@@ -117,23 +113,60 @@ impl Shell {
         screen[start..].lines().next().unwrap().to_owned()
     }
 
-    /// A loop that answers has the terminal.
-    async fn answers(&mut self, word: &str) {
-        self.enter(word);
-        self.shows(&format!("got {word}")).await;
+    /// Types a line for the shell, when it prompts: what is typed before may be thrown away with what a key has
+    /// interrupted. It is on the screen as well, and must look otherwise than what it prints.
+    async fn enter(&mut self, line: &str) {
+        self.shows(PROMPT).await;
+        self.press(&format!("{line}\n"));
+    }
+
+    /// All that a line makes the shell say before it prompts again.
+    async fn output(&mut self, line: &str) -> String {
+        self.enter(line).await;
+        let start = self.seen;
+        self.shows(PROMPT).await;
+        self.seen -= PROMPT.len();
+        self.screen.lock().unwrap()[start..self.seen].to_owned()
     }
 
     /// The shell itself answers, so it has the terminal.
     async fn is_back(&mut self) {
-        self.enter("echo the sh''ell");
+        self.enter("echo the sh''ell").await;
         self.shows("the shell").await;
     }
 
-    /// What is typed before it prompts may be thrown away with what the key has interrupted.
     async fn says_code(&mut self, code: u8) {
-        self.shows("prompt> ").await;
-        self.enter("echo co''de $?");
+        self.enter("echo co''de $?").await;
         self.shows(&format!("code {code}\r\n")).await;
+    }
+
+    /// Types a line for a command that answers each, which shows that it has the terminal.
+    async fn answers(&mut self, word: &str) {
+        self.press(&format!("{word}\n"));
+        self.shows(&format!("got {word}")).await;
+    }
+
+    /// Stops the job that has the terminal.
+    async fn suspend(&mut self) {
+        self.press(CTRL_Z);
+        self.shows("Stopped").await;
+        self.is_back().await;
+    }
+
+    /// Answers the process that the command has told. The shell may prompt above or below that.
+    async fn starts_in_background(&mut self, line: &str) -> String {
+        self.enter(&format!("{line} &")).await;
+        self.shows("command ").await;
+        let command = self.line().await;
+        self.press("echo the sh''ell\n");
+        self.shows("the shell").await;
+        command
+    }
+
+    /// Lets the job that was stopped go on.
+    async fn foreground(&mut self) {
+        self.enter("fg").await;
+        self.shows("$run --").await;
     }
 }
 
@@ -158,15 +191,16 @@ impl Drop for Shell {
     }
 }
 
-/// As `proc(5)` has it: `T` is stopped.
-fn state(process: &str) -> char {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
-    stat.rsplit_once(") ").unwrap().1.chars().next().unwrap()
+fn pid(process: &str) -> Pid {
+    Pid::from_raw(process.parse().unwrap()).unwrap()
 }
 
 async fn is_free(world: &World) -> bool {
     world.api.send(get(LOCK)).await.status == 404
 }
+
+/// A loop that reads nothing.
+const WAITS: &str = "-- sh -c 'echo com\"\"mand $$; while :; do sleep 0.1; done'";
 
 /// A loop that answers each line that is typed.
 const ANSWERS: &str = "-- sh -c 'echo be\"\"gun; while read x; do echo \"go\"t $x; done'";
@@ -174,8 +208,8 @@ const ANSWERS: &str = "-- sh -c 'echo be\"\"gun; while read x; do echo \"go\"t $
 #[tokio::test(flavor = "multi_thread")]
 async fn the_command_reads_what_is_typed() {
     let world = World::start("lease").await;
-    let mut shell = Shell::start(&world).await;
-    shell.enter(&format!("$run {ANSWERS}"));
+    let mut shell = Shell::start(&world);
+    shell.enter(&format!("$run {ANSWERS}")).await;
     shell.shows("begun").await;
     shell.answers("one").await;
     shell.press(CTRL_D);
@@ -187,19 +221,18 @@ async fn the_command_reads_what_is_typed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_it_is_piped_into_reads_what_is_typed() {
     let world = World::start("lease").await;
-    let mut shell = Shell::start(&world).await;
+    let mut shell = Shell::start(&world);
     let reads = "bash -c 'exec 3</dev/tty; while read x <&3; do echo \"go\"t $x; done; kill $(head -1)'";
-    shell.enter(&format!(
-        "$run -- sh -c 'echo $$; echo be\"\"gun >&2; exec sleep 1000' | {reads}"
-    ));
+    shell
+        .enter(&format!(
+            "$run -- sh -c 'echo $$; echo be\"\"gun >&2; exec sleep 1000' | {reads}"
+        ))
+        .await;
     shell.shows("begun").await;
     shell.answers("one").await;
     shell.answers("two").await;
-    shell.press(CTRL_Z);
-    shell.shows("Stopped").await;
-    shell.is_back().await;
-    shell.enter("fg");
-    shell.shows("$run --").await;
+    shell.suspend().await;
+    shell.foreground().await;
     shell.answers("three").await;
     shell.press(CTRL_D);
     shell.says_code(0).await;
@@ -211,18 +244,19 @@ async fn what_it_is_piped_into_reads_what_is_typed() {
 async fn whoever_stops_a_pipe_stops_the_command() {
     let world = World::start("lease").await;
     for wants in ["read y </dev/tty", "stty echo </dev/tty"] {
-        let mut shell = Shell::start(&world).await;
+        let mut shell = Shell::start(&world);
         let command = "echo com\"\"mand $$ >&2; read x; echo $x; exec sleep 1000";
-        shell.enter(&format!(
-            "$run --wait 30s -- sh -c '{command}' | bash -c 'read x; {wants}'"
-        ));
+        shell
+            .enter(&format!(
+                "$run --wait 30s -- sh -c '{command}' | bash -c 'read x; {wants}'"
+            ))
+            .await;
         shell.shows("command ").await;
         let command = shell.line().await;
-        shell.enter("one");
+        shell.press("one\n");
         shell.shows("Stopped").await;
-        assert_eq!(state(&command), 'T', "{wants}");
-        shell.is_back().await;
-        shell.enter("kill %1; fg");
+        assert_eq!(state(&command), Some('T'), "{wants}");
+        shell.enter("kill %1; fg").await;
     }
 }
 
@@ -230,31 +264,26 @@ async fn whoever_stops_a_pipe_stops_the_command() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redirected_command_has_the_terminal_all_the_same() {
     let world = World::start("lease").await;
-    let mut shell = Shell::start(&world).await;
-    shell.enter(
-        "$run -- sh -c 'echo com\"\"mand $$; read x </dev/tty; echo \"go\"t $x; read x </dev/tty' </dev/null",
-    );
+    let mut shell = Shell::start(&world);
+    let reads = "echo com\"\"mand $$; read x </dev/tty; echo \"go\"t $x; read x </dev/tty";
+    shell.enter(&format!("$run -- sh -c '{reads}' </dev/null")).await;
     shell.shows("command ").await;
     let command = shell.line().await;
     shell.answers("one").await;
-    shell.press(CTRL_Z);
-    shell.shows("Stopped").await;
-    assert_eq!(state(&command), 'T');
-    shell.is_back().await;
-    shell.enter("fg");
-    eventually("it goes on", async || state(&command) != 'T').await;
+    shell.suspend().await;
+    assert_eq!(state(&command), Some('T'));
+    shell.foreground().await;
+    eventually("it goes on", async || state(&command) != Some('T')).await;
     shell.press(CTRL_C);
     shell.says_code(130).await;
     // Also one that never had it.
-    shell.enter("$run -- sh -c 'echo com\"\"mand $$; while :; do sleep 0.1; done' </dev/null");
+    shell.enter(&format!("$run {WAITS} </dev/null")).await;
     shell.shows("command ").await;
     let command = shell.line().await;
-    shell.press(CTRL_Z);
-    shell.shows("Stopped").await;
-    assert_eq!(state(&command), 'T');
-    shell.is_back().await;
-    shell.enter("fg");
-    eventually("it goes on", async || state(&command) != 'T').await;
+    shell.suspend().await;
+    assert_eq!(state(&command), Some('T'));
+    shell.foreground().await;
+    eventually("it goes on", async || state(&command) != Some('T')).await;
     shell.press(CTRL_BACKSLASH);
     shell.says_code(131).await;
     assert!(is_free(&world).await);
@@ -264,18 +293,15 @@ async fn a_redirected_command_has_the_terminal_all_the_same() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminal_that_takes_nothing_holds_up_no_end() {
     let world = World::start("lease").await;
-    let mut shell = Shell::start(&world).await;
-    shell.enter("$run --ttl 1s -- sh -c 'trap \"\" TERM; echo com\"\"mand $$; while :; do sleep 0.1; done'");
+    let mut shell = Shell::start(&world);
+    let stays = "trap \"\" TERM; echo com\"\"mand $$; while :; do sleep 0.1; done";
+    shell.enter(&format!("$run --ttl 1s -- sh -c '{stays}'")).await;
     shell.shows("command ").await;
     let command = shell.line().await;
     shell.press(CTRL_S);
     let forced = world.api.send(delete(format!("{LOCK}?reason=stuck"))).await;
     forced.expect(200);
-    let process = format!("/proc/{command}");
-    eventually("the command has ended", async || {
-        !std::path::Path::new(&process).exists()
-    })
-    .await;
+    eventually("the command has ended", async || state(&command).is_none()).await;
     shell.press(CTRL_Q);
     shell.says_code(70).await;
 }
@@ -303,9 +329,9 @@ async fn without_a_shell_ctrl_z_stops_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ctrl_c_ends_the_command_and_frees_the_lock() {
     let world = World::start("lease").await;
-    let mut shell = Shell::start(&world).await;
-    shell.enter("$run -- sh -c 'echo be\"\"gun; exec sleep 1000'");
-    shell.shows("begun").await;
+    let mut shell = Shell::start(&world);
+    shell.enter(&format!("$run {WAITS}")).await;
+    shell.shows("command ").await;
     shell.press(CTRL_C);
     shell.says_code(130).await;
     assert!(is_free(&world).await);
@@ -314,16 +340,13 @@ async fn ctrl_c_ends_the_command_and_frees_the_lock() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ctrl_z_gives_the_terminal_to_the_shell_and_fg_takes_it_back() {
     let world = World::start("lease").await;
-    let mut shell = Shell::start(&world).await;
-    shell.enter(&format!("$run {ANSWERS}"));
+    let mut shell = Shell::start(&world);
+    shell.enter(&format!("$run {ANSWERS}")).await;
     shell.shows("begun").await;
     shell.answers("one").await;
     for word in ["two", "three"] {
-        shell.press(CTRL_Z);
-        shell.shows("Stopped").await;
-        shell.is_back().await;
-        shell.enter("fg");
-        shell.shows("$run --").await;
+        shell.suspend().await;
+        shell.foreground().await;
         shell.answers(word).await;
     }
     shell.press(CTRL_D);
@@ -334,35 +357,43 @@ async fn ctrl_z_gives_the_terminal_to_the_shell_and_fg_takes_it_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn in_the_background_it_leaves_the_terminal_to_the_shell() {
     let world = World::start("lease").await;
-    let mut shell = Shell::start(&world).await;
+    let mut shell = Shell::start(&world);
+    // It reads when it is told to: a job that is stopped again just as it was let go on is Running for ever in the eyes
+    // of bash, whatever the job is.
+    let reads = "while read x; do echo \"go\"t $x; done";
+    let told = format!("trap t=1 USR1; echo com\"\"mand $$; while [ ! $t ]; do sleep 0.1; done; {reads}");
     // Both ways there: sent there, and started there.
-    for there in ["", "&"] {
-        shell.enter(&format!("$run {ANSWERS} {there}"));
-        shell.shows("begun").await;
-        if there.is_empty() {
-            shell.answers("none").await;
-            shell.press(CTRL_Z);
-            shell.shows("Stopped").await;
-            shell.enter("bg");
-        }
+    for there in ["bg", "&"] {
+        let command = if there == "bg" {
+            shell.enter(&format!("$run -- sh -c '{told}'")).await;
+            shell.shows("command ").await;
+            let command = shell.line().await;
+            shell.suspend().await;
+            shell.enter("bg").await;
+            eventually("it goes on", async || state(&command) != Some('T')).await;
+            command
+        } else {
+            shell
+                .starts_in_background(&format!("$run -- sh -c '{told}'"))
+                .await
+        };
         shell.is_back().await;
         // It wants to read, and may not: the shell says so before it prompts.
-        eventually("it is stopped", async || {
-            shell.enter("jobs");
-            shell.screen.lock().unwrap()[shell.seen..].contains("Stopped")
+        kill_process(pid(&command), Signal::USR1).unwrap();
+        eventually("the shell has seen it stop", async || {
+            shell.output("jobs").await.contains("Stopped")
         })
         .await;
-        shell.is_back().await;
+        assert_eq!(state(&command), Some('T'));
         assert!(!is_free(&world).await);
-        shell.enter("fg");
-        shell.shows("$run --").await;
+        shell.foreground().await;
         shell.answers("one").await;
         shell.press(CTRL_D);
         shell.says_code(0).await;
         assert!(is_free(&world).await);
     }
     // One that reads nothing comes to its end there, and takes nothing along.
-    shell.enter("$run -- true & wait $!");
+    shell.enter("$run -- true & wait $!").await;
     shell.says_code(0).await;
     shell.is_back().await;
 }
@@ -371,20 +402,13 @@ async fn in_the_background_it_leaves_the_terminal_to_the_shell() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ctrl_z_stops_what_was_started_in_the_background() {
     let world = World::start("lease").await;
-    let mut shell = Shell::start(&world).await;
-    shell.enter("$run -- sh -c 'echo com\"\"mand $$; while :; do sleep 0.1; done' &");
-    shell.shows("command ").await;
-    let command = shell.line().await;
-    shell.is_back().await;
-    shell.enter("fg");
-    shell.shows("$run --").await;
-    shell.press(CTRL_Z);
-    shell.shows("Stopped").await;
-    assert_eq!(state(&command), 'T');
-    shell.is_back().await;
-    shell.enter("fg");
-    shell.shows("$run --").await;
-    eventually("it goes on", async || state(&command) != 'T').await;
+    let mut shell = Shell::start(&world);
+    let command = shell.starts_in_background(&format!("$run {WAITS}")).await;
+    shell.foreground().await;
+    shell.suspend().await;
+    assert_eq!(state(&command), Some('T'));
+    shell.foreground().await;
+    eventually("it goes on", async || state(&command) != Some('T')).await;
     shell.press(CTRL_C);
     shell.says_code(130).await;
     assert!(is_free(&world).await);
@@ -394,11 +418,10 @@ async fn ctrl_z_stops_what_was_started_in_the_background() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lock_that_was_lost_while_it_was_stopped_lets_nothing_go_on() {
     let world = World::start("lease").await;
-    let mut shell = Shell::start(&world).await;
+    let mut shell = Shell::start(&world);
     // It would say so if it was let go on.
-    shell.enter(
-        "$run --ttl 1s -- bash -c 'trap \"echo aw\"ake CONT; echo be\"\"gun; while read x; do echo \"go\"t $x; done'",
-    );
+    let tells = "trap \"echo aw\"ake CONT; echo be\"\"gun; while read x; do echo \"go\"t $x; done";
+    shell.enter(&format!("$run --ttl 1s -- bash -c '{tells}'")).await;
     shell.shows("begun").await;
     shell.answers("one").await;
     shell.press(CTRL_Z);
@@ -406,7 +429,7 @@ async fn a_lock_that_was_lost_while_it_was_stopped_lets_nothing_go_on() {
     let body = json!({"ttl_ms": 60_000, "wait_ms": 30_000});
     let acquired = world.api.send(post(format!("{LOCK}/acquire"), &body)).await;
     acquired.expect(200);
-    shell.enter("fg");
+    shell.enter("fg").await;
     shell.shows("the lock was lost").await;
     shell.says_code(70).await;
     let screen = shell.screen.lock().unwrap();

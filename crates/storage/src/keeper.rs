@@ -99,6 +99,15 @@ impl Keeper {
         });
     }
 
+    /// Comes to its end when the thread shall end.
+    pub(crate) fn stopping(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut stop = self.life.stop.subscribe();
+        async move {
+            // The thread ends as well when nobody is left to say so.
+            drop(stop.wait_for(Option::is_some).await);
+        }
+    }
+
     /// Ends the thread once everything is given back, after `grace` in any case, and waits for it.
     pub(crate) async fn stop(&self, grace: Duration) {
         self.life.stop(grace);

@@ -54,8 +54,10 @@ WITH silent AS (
 )
 UPDATE leasehold.presence SET seen_at = clock_timestamp() WHERE process_id = $1";
 
-/// What was told on a connection that broke is told anew.
-const START_AGAIN: &str = "DELETE FROM leasehold.presence WHERE process_id = $1";
+/// What was told on a connection that broke still stands: who looks for a hold must find it all the time.
+const TOLD: &str = "SELECT lock_id FROM leasehold.presence WHERE process_id = $1";
+
+const TAKE_BACK: &str = "DELETE FROM leasehold.presence WHERE process_id = $1";
 
 /// What is told, by column. A wait has no session of the server, and only this process knows for how long it lasts.
 #[derive(Default)]
@@ -83,14 +85,19 @@ enum Fact {
 
 /// Starts telling, on the keeper's thread. The connection is opened when there is first something to tell.
 pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, process_id: Uuid, holds: Holds, waits: Waits) {
-    keeper.spawn(async move {
+    let stopping = keeper.stopping();
+    keeper.finish(async move {
+        tokio::pin!(stopping);
         let mut teller = None::<Teller>;
         // What was told on a connection that broke stands there until it is taken back on another.
         let mut stale = false;
         let mut tick = tokio::time::interval(TELL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            tick.tick().await;
+            tokio::select! {
+                _ = tick.tick() => {}
+                () = &mut stopping => break,
+            }
             let facts = worth_telling(&holds, &waits);
             if teller.is_none() && facts.is_empty() && !stale {
                 continue;
@@ -114,6 +121,10 @@ pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, process_id: Uuid, 
                 }
             };
         }
+        if let Some(teller) = teller {
+            // Otherwise it is not believed for long.
+            drop(tokio::time::timeout(ANSWER, teller.take_back(process_id)).await);
+        }
     });
 }
 
@@ -121,17 +132,23 @@ pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, process_id: Uuid, 
 struct Teller {
     client: Client,
     told: HashSet<LockId>,
-    confirmed: Instant,
+    /// `None` when what stands there was told on another connection.
+    confirmed: Option<Instant>,
 }
 
 impl Teller {
     async fn open(options: &ConnectOptions, process_id: Uuid) -> Result<Self, StorageError> {
         let client = options.open_spawned().await?;
-        client.execute(START_AGAIN, &[&process_id]).await?;
+        let rows = client.query(TOLD, &[&process_id]).await?;
+        let told: HashSet<_> = rows
+            .iter()
+            .map(|row| LockId::from(row.get::<_, Uuid>(0)))
+            .collect();
+        let confirmed = told.is_empty().then(Instant::now);
         Ok(Self {
             client,
-            told: HashSet::new(),
-            confirmed: Instant::now(),
+            told,
+            confirmed,
         })
     }
 
@@ -169,11 +186,19 @@ impl Teller {
                 .await?;
             self.told = facts.into_keys().collect();
         }
-        if !self.told.is_empty() && self.confirmed.elapsed() >= CONFIRM_AFTER {
+        let is_fresh = |confirmed: Instant| confirmed.elapsed() < CONFIRM_AFTER;
+        if !self.told.is_empty() && !self.confirmed.is_some_and(is_fresh) {
             self.client.execute(CONFIRM, &[&process_id]).await?;
-            self.confirmed = Instant::now();
+            self.confirmed = Some(Instant::now());
         }
         Ok(self)
+    }
+
+    async fn take_back(self, process_id: Uuid) -> Result<(), StorageError> {
+        if !self.told.is_empty() {
+            self.client.execute(TAKE_BACK, &[&process_id]).await?;
+        }
+        Ok(())
     }
 }
 

@@ -318,6 +318,19 @@ async fn who_is_silent_is_not_believed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_has_ended_waits_no_more() {
+    let bench = Bench::start().await;
+    let busy = name(&["seen", "ended"]);
+    let guard = bench.other.leases().try_acquire(&request(&busy, "holder")).await;
+    let wait = waiting(Arc::new(bench.one.leases()), request(&busy, "gone"));
+    eventually("the wait is seen", async || bench.waiters().await.len() == 1).await;
+    wait.abort();
+    bench.one.shutdown(PATIENT).await;
+    assert_eq!(bench.waiters().await.len(), 0);
+    drop(guard);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn waits_of_this_process_are_not_elsewhere() {
     let bench = Bench::start().await;
     let busy = name(&["seen", "busy"]);

@@ -1033,9 +1033,17 @@ async fn presence_is_confirmed_and_taken_back() {
     let first = told().await[0].1;
     is_told_after(Some(first)).await;
 
+    // Whoever takes the lock away believes that it was given up when nobody tells of it any more.
+    let note = "CREATE TABLE taken_back (lock_id UUID);
+                CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql
+                    AS 'BEGIN INSERT INTO taken_back VALUES (OLD.lock_id); RETURN NULL; END';
+                CREATE TRIGGER note AFTER DELETE ON leasehold.presence FOR EACH ROW EXECUTE FUNCTION note()";
+    bench.client.batch_execute(note).await.unwrap();
     bench.terminate(bench.teller().await).await;
     let before = told().await[0].1;
     is_told_after(Some(before)).await;
+    let taken_back = bench.client.query("SELECT FROM taken_back", &[]).await.unwrap();
+    assert_eq!(taken_back.len(), 0);
     // Its connection breaks again, and before that is noticed there is nothing left to tell.
     let teller = bench.teller().await;
     bench.terminate(teller).await;

@@ -360,7 +360,7 @@ async fn forward(
 ) -> io::Result<()> {
     let mut statements = Statements::default();
     let (mut bytes, mut texts) = (Vec::new(), Vec::new());
-    // What ran since the last transaction ended.
+    // What ran since the transaction began.
     let mut transaction = String::new();
     while let Some(message) = Message::read(&mut client).await? {
         bytes.extend(message.bytes());
@@ -381,16 +381,15 @@ async fn forward(
         if whole {
             let alone = pending_rounds(pending).is_empty();
             let texts = std::mem::take(&mut texts);
+            if texts.first().is_some_and(|text| text.starts_with("BEGIN")) {
+                transaction.clear();
+            }
             transaction.push_str(&texts.join("; "));
             let round = Round {
                 texts,
                 transaction: &transaction,
             };
-            let ended = round.commits() || round.runs("ROLLBACK");
             let armed = shared.count(round, alone);
-            if ended {
-                transaction.clear();
-            }
             match &armed {
                 Some(Armed {
                     fault: Fault::LoseStatement,

@@ -28,7 +28,8 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// How often what was told is confirmed; readers ignore what was not for 10 seconds.
 const CONFIRM_AFTER: Duration = Duration::from_secs(3);
 
-/// Removes what ended and adds what is new, in one statement.
+/// Removes what ended and adds what is new, in one statement. A crash of the server ends what is told of: none of this
+/// waits for the disk.
 const TELL_CHANGES: &str = "\
 WITH told AS (
     SELECT * FROM unnest($3::uuid[], $4::text[], $5::text[], $6::text[], $7::int[], $8::text[], $9::text[],
@@ -37,22 +38,26 @@ WITH told AS (
              key_bits, key_space)
 ), ended AS (
     DELETE FROM leasehold.presence WHERE process_id = $1 AND lock_id = ANY ($2)
+), new AS (
+    INSERT INTO leasehold.presence
+           (process_id, lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata, acquired_at,
+            seen_at, waits, key_bits, key_space)
+    SELECT $1, lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata,
+           coalesce(acquired_at, clock_timestamp() - waited * interval '1 second'), clock_timestamp(),
+           backend_pid IS NULL, key_bits, key_space
+    FROM told
 )
-INSERT INTO leasehold.presence
-       (process_id, lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata, acquired_at,
-        seen_at, waits, key_bits, key_space)
-SELECT $1, lock_id, name, mode, scope, backend_pid, operation, locked_by, instance, metadata,
-       coalesce(acquired_at, clock_timestamp() - waited * interval '1 second'), clock_timestamp(),
-       backend_pid IS NULL, key_bits, key_space
-FROM told";
+SELECT set_config('synchronous_commit', 'off', true) AS commit";
 
 /// Says that all is as it was told, and removes what processes told that ended without a word.
 const CONFIRM: &str = "\
 WITH silent AS (
     DELETE FROM leasehold.presence
     WHERE process_id <> $1 AND seen_at < clock_timestamp() - interval '1 minute'
+), confirmed AS (
+    UPDATE leasehold.presence SET seen_at = clock_timestamp() WHERE process_id = $1
 )
-UPDATE leasehold.presence SET seen_at = clock_timestamp() WHERE process_id = $1";
+SELECT set_config('synchronous_commit', 'off', true) AS commit";
 
 /// What was told on a connection that broke still stands: who looks for a hold must find it all the time.
 const TOLD: &str = "SELECT lock_id FROM leasehold.presence WHERE process_id = $1";

@@ -5,6 +5,7 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use leasehold_domain::{DistributedLock, Durability, Holder, LockGuard, LockName, LockRequest};
 use leasehold_storage::{ConnectOptions, Database, TransactionError};
 use leasehold_system_tests::database::TestDatabase;
+use leasehold_system_tests::patience::eventually;
 use leasehold_system_tests::proxy::Proxy;
 use tokio_postgres::Client;
 
@@ -36,6 +37,13 @@ impl Bench {
         let proxy = Proxy::start(&database);
         let options = ConnectOptions::parse(&proxy.url(&database), None).unwrap();
         let process = Database::connect(options, pool_size).await.unwrap();
+        // It begins to listen meanwhile, which is no part of what is counted from here on.
+        eventually("it listens", async || {
+            let statements = proxy.traffic().statements;
+            let mut since = statements.iter().skip_while(|text| !text.contains("LISTEN"));
+            since.any(|text| text.contains("pg_backend_pid()"))
+        })
+        .await;
         Self {
             proxy,
             database,

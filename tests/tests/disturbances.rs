@@ -16,7 +16,7 @@ use leasehold_system_tests::proxy::{Fault, Proxy};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::bench::{
-    Bench, Failure, MODES, create_table, for_a_write, insert, lock, named, write_under, written,
+    Bench, Failure, MODES, Mode, create_table, for_a_write, insert, lock, named, write_under, written,
 };
 
 /// Kills one backend, which makes Postgres end all sessions and recover, and waits until it has.
@@ -127,49 +127,60 @@ async fn an_id_that_is_given_out_again_after_a_crash_is_not_believed() {
     };
     let cluster = tokio::task::spawn_blocking(start).await.unwrap();
     for mode in MODES {
-        let database = TestDatabase::create_on(&cluster.url("postgres")).await;
-        create_table(&database.client().await).await;
-        let proxy = Proxy::start(&database);
-        let options = ConnectOptions::parse(&proxy.url(&database), None).unwrap();
-        let process = Database::connect(options, 2).await.unwrap();
-        let guard = lock(&process, mode)
-            .try_acquire(&for_a_write("plan"))
-            .await
-            .unwrap();
-        let mut held = proxy.on_commit(Fault::HoldStatement);
-        let id = Mutex::new(0);
-        let write = process.fenced_transaction_releasing(&guard, async |conn| {
-            insert(conn, 1).await?;
-            *id.lock().unwrap() = current_id(conn).await?;
-            Ok::<_, Failure>(())
-        });
-        let trouble = async {
-            held.happened().await;
-            // Until the id has gone to somebody else nobody is told anything.
-            proxy.hold_off();
-            crash(&database).await;
-            let other = database.client().await;
-            eventually("the id is given out again", async || {
-                let take = "INSERT INTO written VALUES ((SELECT 1000 + count(*) FROM written))
-                            RETURNING pg_current_xact_id()::text::bigint";
-                other.query_one(take, &[]).await.unwrap().get::<_, i64>(0) >= *id.lock().unwrap()
-            })
-            .await;
-            let status = format!("SELECT pg_xact_status('{}')", id.lock().unwrap());
-            let status: String = other.query_one(&status, &[]).await.unwrap().get(0);
-            assert_eq!(status, "committed", "or this tests nothing");
-            proxy.come_back();
-        };
-        let (result, ()) = in_time("the write", async { tokio::join!(write, trouble) }).await;
-        assert!(
-            matches!(
+        let mut came_to_it = false;
+        for _ in 0..5 {
+            came_to_it = came_to_it || an_id_is_given_out_again(&cluster, mode).await;
+        }
+        assert!(came_to_it, "{mode:?}: or this tests nothing");
+    }
+}
+
+/// Answers whether it was. Another commit, of presence or of the server's own, brings the first one to the disk.
+async fn an_id_is_given_out_again(cluster: &Cluster, mode: Mode) -> bool {
+    let database = TestDatabase::create_on(&cluster.url("postgres")).await;
+    create_table(&database.client().await).await;
+    let proxy = Proxy::start(&database);
+    let options = ConnectOptions::parse(&proxy.url(&database), None).unwrap();
+    let process = Database::connect(options, 2).await.unwrap();
+    let guard = lock(&process, mode)
+        .try_acquire(&for_a_write("plan"))
+        .await
+        .unwrap();
+    let mut held = proxy.on_commit(Fault::HoldStatement);
+    let id = Mutex::new(0);
+    let write = process.fenced_transaction_releasing(&guard, async |conn| {
+        insert(conn, 1).await?;
+        *id.lock().unwrap() = current_id(conn).await?;
+        Ok::<_, Failure>(())
+    });
+    let trouble = async {
+        held.happened().await;
+        // Until the id has gone to somebody else nobody is told anything.
+        proxy.hold_off();
+        crash(&database).await;
+        let other = database.client().await;
+        eventually("the ids have come to it", async || {
+            let take = "INSERT INTO written VALUES ((SELECT 1000 + count(*) FROM written))
+                        RETURNING pg_current_xact_id()::text::bigint";
+            other.query_one(take, &[]).await.unwrap().get::<_, i64>(0) >= *id.lock().unwrap()
+        })
+        .await;
+        let status = format!("SELECT pg_xact_status('{}')", id.lock().unwrap());
+        let status: String = other.query_one(&status, &[]).await.unwrap().get(0);
+        proxy.come_back();
+        status == "committed"
+    };
+    let (result, again) = in_time("the write", async { tokio::join!(write, trouble) }).await;
+    assert!(
+        !again
+            || matches!(
                 result,
                 Err(TransactionError::OutcomeUnknown { .. } | TransactionError::Unavailable(_))
             ),
-            "{mode:?}: {result:?}"
-        );
-        assert!(!written(&database.client().await).await.contains(&1), "{mode:?}");
-    }
+        "{mode:?}: {result:?}"
+    );
+    assert!(!written(&database.client().await).await.contains(&1), "{mode:?}");
+    again
 }
 
 async fn current_id(conn: &mut AsyncPgConnection) -> Result<i64, Failure> {
@@ -388,8 +399,8 @@ async fn a_shutdown_takes_no_longer_than_it_was_given() {
     bench.client.batch_execute(lock_row).await.unwrap();
     let grace = Duration::from_millis(300);
     let shutdown = bench.process.shutdown(grace);
-    // The thread's own time is longer.
-    let ended = tokio::time::timeout(grace + Duration::from_millis(1500), shutdown).await;
+    // To give it back it would wait for the row, for ever.
+    let ended = tokio::time::timeout(grace + Duration::from_secs(10), shutdown).await;
     assert!(ended.is_ok());
     assert!(guard.is_lost());
 }

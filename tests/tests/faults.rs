@@ -84,6 +84,9 @@ async fn a_fault_in_any_round_trip_of_a_put(mode: &'static str) {
                     assert!(written(&world, value).await, "{what}");
                     assert_eq!(answer.json()["version"], before + 1, "{what}");
                 }
+                409 if fault == Fault::CutBehind && step == "seen AS MATERIALIZED" => {
+                    assert_eq!(answer.code(), "workspace_locked", "{what}");
+                }
                 // Its lock went with its connection.
                 409 if mode == "advisory" => assert_eq!(answer.code(), "lock_lost", "{what}"),
                 _ => assert_unavailable(&answer, &what),
@@ -92,14 +95,15 @@ async fn a_fault_in_any_round_trip_of_a_put(mode: &'static str) {
                 assert!(!written(&world, value).await, "{what}");
                 assert_eq!(world.version().await, before, "{what}");
             }
-            if mode == "lease" && step == "seen AS MATERIALIZED" {
+            // Who is cut off behind it may leave the row locked until the server has seen that.
+            if mode == "lease" && step == "seen AS MATERIALIZED" && fault != Fault::CutBehind {
                 assert_eq!(answer.status, 200, "{what}: an acquire can be sent again");
             }
             if step == "COMMIT" && fault == Fault::LoseAnswer {
                 assert_eq!(answer.status, 200, "{what}: its fate can be found out");
             }
             within(
-                Duration::from_secs(2),
+                Duration::from_secs(10),
                 &format!("the next write after {what}"),
                 async || world.api.send(put_key("next", 1)).await.status == 200,
             )

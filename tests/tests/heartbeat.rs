@@ -15,7 +15,7 @@ use crate::bench::{Bench, Failure, named};
 
 /// What only a beat contains.
 const BEAT: &str = "due AS MATERIALIZED";
-const TTL: Duration = Duration::from_millis(600);
+const TTL: Duration = Duration::from_millis(1500);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn survives_pool_exhaustion() {

@@ -107,9 +107,13 @@ async fn a_key_makes_four_round_trips_more(mode: &'static str) {
             answer.expect(200);
             without = without.min(traffic.round_trips);
         }
-        let (answer, replay) = proxy.watch(world.api.send(keyed(&call, "cost-0"))).await;
-        assert!(is_replay(&answer));
-        (least, without, replay.round_trips)
+        let mut replay = usize::MAX;
+        for _ in 0..5 {
+            let (answer, traffic) = proxy.watch(world.api.send(keyed(&call, "cost-0"))).await;
+            assert!(is_replay(&answer));
+            replay = replay.min(traffic.round_trips);
+        }
+        (least, without, replay)
     };
     let (with, without, replay) = cost(put_key("key", 1)).await;
     assert_eq!(with, without + 4);

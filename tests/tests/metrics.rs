@@ -80,7 +80,7 @@ const SESSION: &[&str] = &[r#"backend="session""#];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn attempts_waits_and_holds_are_counted() {
-    let world = World::start_with("lease", |service| service.set("WORKSPACE_LOCK_LEASE_MS", "1000")).await;
+    let world = World::start_with("lease", |service| service.set("WORKSPACE_LOCK_LEASE_MS", "3000")).await;
     let api = &world.api;
     let before = scrape(api).await;
     let since = |now: &Scrape, name: &str| now.of(name, LEASE) - before.of(name, LEASE);
@@ -178,7 +178,10 @@ async fn transaction_locks_are_counted() {
     // Its session is ended under it: it writes nothing, and the one that waits is next.
     let end = "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_database d ON d.oid = database
                WHERE locktype = 'advisory' AND mode = 'ExclusiveLock' AND granted AND datname = current_database()";
-    assert_eq!(world.client.query(end, &[]).await.unwrap().len(), 1);
+    eventually("its session is ended", async || {
+        world.client.query(end, &[]).await.unwrap().len() == 1
+    })
+    .await;
     in_time("the waiter", waiter).await.unwrap().expect(200);
     holding.go_on().await.expect(409);
     comes_to(api, "leasehold_lock_lost_total", transaction, |lost| lost == 1.0).await;

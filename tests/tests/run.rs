@@ -489,7 +489,7 @@ async fn a_signal_ends_the_wait() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_whose_lock_is_taken_away_is_stopped() {
     let world = world().await;
-    let mut running = Running::start(&world, &["--ttl", "1s"], "echo ready; exec sleep 1000").await;
+    let mut running = Running::start(&world, &["--ttl", "5s"], "echo ready; exec sleep 1000").await;
     running.says("ready").await;
     let before = acquire(&world, &json!({"ttl_ms": 1_000})).await.json()["lock"]["fencing_token"].clone();
     let ended = world
@@ -513,7 +513,7 @@ async fn a_command_whose_lock_is_taken_away_is_stopped() {
 async fn a_command_that_does_not_stop_is_killed_with_all_it_has_started() {
     let world = world().await;
     let text = "trap '' TERM; sleep 1000 & echo child $! ready; while :; do sleep 0.1; done";
-    let mut running = Running::start(&world, &["--ttl", "1s"], text).await;
+    let mut running = Running::start(&world, &["--ttl", "5s"], text).await;
     running.says("ready").await;
     let output = running.output();
     let child = output

@@ -295,7 +295,7 @@ async fn a_terminal_that_takes_nothing_holds_up_no_end() {
     let world = World::start("lease").await;
     let mut shell = Shell::start(&world);
     let stays = "trap \"\" TERM; echo com\"\"mand $$; while :; do sleep 0.1; done";
-    shell.enter(&format!("$run --ttl 1s -- sh -c '{stays}'")).await;
+    shell.enter(&format!("$run --ttl 5s -- sh -c '{stays}'")).await;
     shell.shows("command ").await;
     let command = shell.line().await;
     shell.press(CTRL_S);
@@ -421,7 +421,7 @@ async fn a_lock_that_was_lost_while_it_was_stopped_lets_nothing_go_on() {
     let mut shell = Shell::start(&world);
     // It would say so if it was let go on.
     let tells = "trap \"echo aw\"ake CONT; echo be\"\"gun; while read x; do echo \"go\"t $x; done";
-    shell.enter(&format!("$run --ttl 1s -- bash -c '{tells}'")).await;
+    shell.enter(&format!("$run --ttl 3s -- bash -c '{tells}'")).await;
     shell.shows("begun").await;
     shell.answers("one").await;
     shell.press(CTRL_Z);

@@ -272,7 +272,7 @@ async fn forced_away_cannot_commit() {
 async fn the_work_may_take_many_slices() {
     let bench = Bench::start().await;
     let lock = bench.process.leases();
-    let ttl = Duration::from_millis(300);
+    let ttl = Duration::from_secs(1);
     let guard = lock.try_acquire(&request().with_ttl(ttl)).await.unwrap();
     let granted = guard.expires_at().unwrap();
     bench
@@ -444,7 +444,7 @@ async fn a_guard_that_outlives_its_dropped_transaction_is_told() {
 async fn a_lease_that_was_released_by_the_commit_is_never_lost() {
     let bench = Bench::start().await;
     let lock = bench.process.leases();
-    let ttl = Duration::from_millis(200);
+    let ttl = Duration::from_secs(1);
     let guard = lock.try_acquire(&request().with_ttl(ttl)).await.unwrap();
     write(&bench.process, &guard, 1).await.unwrap();
     eventually("its slice is over", async || guard.held_for() > ttl * 2).await;
@@ -490,6 +490,8 @@ async fn tokens_rise_for_ever() {
     let lock = bench.process.leases();
     let durable = request().with_durability(Durability::Durable);
     let mut last = None;
+    // Dropped it would be given back, beside the next attempt.
+    let mut expired = Vec::new();
     for round in 0..20 {
         let guard = lock.try_acquire(&durable).await.unwrap();
         let token = guard.fencing_token();
@@ -499,6 +501,7 @@ async fn tokens_rise_for_ever() {
             0 => _ = lock.release(guard).await.unwrap(),
             1 => {
                 bench.shift_expiry("-1 hour").await;
+                expired.push(guard);
             }
             _ => {
                 lock.release(guard).await.unwrap();

@@ -308,7 +308,7 @@ async fn who_is_silent_is_not_believed() {
                       metadata, acquired_at, seen_at, waits)
                   SELECT gen_random_uuid(), gen_random_uuid(), '|1:a', 'exclusive', 'lease', 'work', 'gone', '', '{}',
                          clock_timestamp(), clock_timestamp() - silent * interval '1 second', true
-                  FROM unnest(ARRAY[3, 9.0, 10.1, 60]) AS silent";
+                  FROM unnest(ARRAY[3, 5.0, 10.1, 60]) AS silent";
     bench.client.batch_execute(insert).await.unwrap();
     assert_eq!(bench.waiters().await.len(), 2);
     let a = name(&["a"]);
@@ -376,7 +376,8 @@ async fn audited(client: &Client) -> Vec<Record> {
 async fn forced_holder() {
     let url = std::env::var(URL).expect("the test sets it");
     let options = ConnectOptions::parse(&url, None).unwrap();
-    let locks = Database::connect(options, 2).await.unwrap().session_locks();
+    let process = Database::connect(options, 2).await.unwrap();
+    let locks = process.session_locks();
     // In the same lock session, whichever has the first.
     let mut kept = Vec::new();
     for number in 0..KEPT {
@@ -385,7 +386,12 @@ async fn forced_holder() {
     }
     let forced = name(&["forced"]);
     let guard = locks.try_acquire(&request(&forced, "child")).await.unwrap();
-    tokio::time::sleep(Duration::from_millis(600)).await;
+    let told = async || {
+        let held = process.held_locks(&[], MANY).await.unwrap();
+        let owners = held.iter().filter_map(|held| held.holder.as_ref());
+        owners.filter(|holder| holder.owner == "child").count()
+    };
+    eventually("others are told of all", async || told().await == KEPT + 1).await;
     // The server ends a session of which it hears nothing for ten seconds: they begin now.
     for guard in kept.iter().chain([&guard]) {
         locks.extend(guard, PATIENT).await.unwrap();
@@ -399,7 +405,10 @@ async fn forced_holder() {
     assert!(matches!(extended, Err(ExtendError::Lost)), "{extended:?}");
     let released = locks.release(guard).await;
     assert!(matches!(released, Ok(Released::AlreadyGone)), "{released:?}");
-    let kept = kept.iter().filter(|guard| !guard.is_lost()).count();
+    // The guards of a session are told one after the other.
+    let kept = || kept.iter().filter(|guard| !guard.is_lost()).count();
+    eventually("each knows whether it is lost", async || told().await == kept()).await;
+    let kept = kept();
     writeln!(std::io::stdout(), "\nlost {kept}").unwrap();
 }
 

@@ -60,7 +60,7 @@ fn plan() -> LockRequest {
 async fn an_endless_hold_is_renewed_like_the_others() {
     let bench = Bench::start().await;
     let lock = bench.process.leases();
-    let ttl = Duration::from_millis(600);
+    let ttl = Duration::from_millis(1500);
     let endless = named("endless").with_ttl(ttl).with_max_hold(Duration::MAX);
     let endless = lock.try_acquire(&endless).await.unwrap();
     let other = lock.try_acquire(&named("other").with_ttl(ttl)).await.unwrap();
@@ -80,10 +80,10 @@ async fn a_locked_table_does_not_stop_the_heartbeat_of_another() {
     let bench = Bench::start().await;
     let plans = bench.plans().await;
     let stuck = plans
-        .try_acquire(&plan().with_ttl(Duration::from_secs(6)))
+        .try_acquire(&plan().with_ttl(Duration::from_secs(12)))
         .await
         .unwrap();
-    let ttl = Duration::from_millis(1500);
+    let ttl = Duration::from_secs(3);
     let other = bench
         .process
         .leases()
@@ -106,7 +106,7 @@ async fn a_locked_table_does_not_stop_the_heartbeat_of_another() {
 async fn key_columns_may_have_any_names() {
     let bench = Bench::start().await;
     let plans = bench.plans().await;
-    let ttl = Duration::from_millis(600);
+    let ttl = Duration::from_millis(1500);
     let guard = plans.try_acquire(&plan().with_ttl(ttl)).await.unwrap();
     let granted = guard.expires_at().unwrap();
     eventually("two slices have passed", async || {
@@ -195,7 +195,7 @@ async fn keys_of_any_type_are_found_by_their_index() {
     let (before, found) = scans().await;
 
     let seventh = typed_name(SEVENTH);
-    let ttl = Duration::from_millis(600);
+    let ttl = Duration::from_millis(1500);
     let guard = lock.try_acquire(&seventh.clone().with_ttl(ttl)).await.unwrap();
     assert!(matches!(
         lock.try_acquire(&seventh).await,

@@ -292,8 +292,8 @@ async fn guards_are_told_when_their_session_is_terminated() {
             give_back(&bench.locks, guard).await;
         }
     }
-    // Of five, so that a busy machine does not count.
-    assert!(fastest <= Duration::from_millis(50), "{fastest:?}");
+    // Of five, so that a busy machine does not count. It is some milliseconds, where a ping comes after three seconds.
+    assert!(fastest <= Duration::from_secs(1), "{fastest:?}");
     nothing_is_left(&bench.client).await;
 }
 
@@ -382,7 +382,8 @@ async fn two_hundred_waiters_hold_no_connection() {
             let (waiting, here) = (begin_to_wait(&here, &request), here.clone());
             waiters.spawn(async move { give_back(&here, waiting.await.unwrap()).await });
         }
-        let looks = "SELECT count(*), count(*) FILTER (WHERE wait_event_type = 'Lock')
+        let looks =
+            "SELECT count(*), count(*) FILTER (WHERE wait_event_type = 'Lock' AND wait_event = 'advisory')
             FROM pg_stat_activity WHERE application_name = 'two hundred'";
         let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'
             AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
@@ -956,7 +957,7 @@ async fn an_extension_moves_the_longest_hold() {
     let bounded = |part: &str| {
         request(&name(part))
             .with_ttl(Duration::from_millis(100))
-            .with_max_hold(Duration::from_millis(400))
+            .with_max_hold(Duration::from_secs(3))
     };
     let extended = take(&bench.locks, &bounded("extended")).await;
     let left = take(&bench.locks, &bounded("left")).await;
@@ -968,7 +969,7 @@ async fn an_extension_moves_the_longest_hold() {
     tokio::time::timeout(PATIENT, left.lost())
         .await
         .expect("it is told");
-    assert!(left.held_for() >= Duration::from_millis(400));
+    assert!(left.held_for() >= Duration::from_secs(3));
     assert!(!extended.is_lost());
     give_back(&bench.locks, extended).await;
     nothing_is_left(&bench.client).await;

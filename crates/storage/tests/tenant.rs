@@ -520,7 +520,7 @@ async fn the_previous_lock_timeout_is_restored() {
 /// A process that is stopped while it has a tenant alone does not close it for ever.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_drain_that_says_nothing_is_ended_by_the_server() {
-    for (own, expected) in [("0", "1min"), ("1h", "1min"), ("700ms", "700ms")] {
+    for (own, expected) in [("0", "1min"), ("1h", "1min"), ("2s", "2s")] {
         let database = TestDatabase::create().await;
         let client = database.client().await;
         let set = format!(
@@ -559,10 +559,7 @@ async fn a_drain_that_says_nothing_is_ended_by_the_server() {
 async fn a_shorter_statement_timeout_is_a_conflict() {
     let database = TestDatabase::create().await;
     let client = database.client().await;
-    let set = format!(
-        "ALTER DATABASE {} SET statement_timeout = '300ms'",
-        database.name()
-    );
+    let set = format!("ALTER DATABASE {} SET statement_timeout = '3s'", database.name());
     client.batch_execute(&set).await.unwrap();
     let bench = Bench::start_on(database).await;
     let writer = UnderWay::write(&bench, "a", 1).await;
@@ -660,7 +657,7 @@ async fn a_drain_that_is_dropped_while_it_waits_holds_writers_up_no_longer() {
     eventually("writers pass", async || write(&gate, "a", 3).await.is_ok()).await;
     // The server looks every 250 ms, on a machine that has other things to do.
     assert!(
-        dropped.elapsed() < Duration::from_secs(2),
+        dropped.elapsed() < Duration::from_secs(15),
         "{:?}",
         dropped.elapsed()
     );

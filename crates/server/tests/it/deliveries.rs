@@ -61,8 +61,25 @@ async fn list(api: &Api, tenant: &str, what: &str) -> Vec<Value> {
     page["items"].as_array().unwrap().clone()
 }
 
-/// Waits until what a tenant has to be done was tried `attempts` times, and waits to be tried again.
+/// Waits until what a tenant has to be done was tried `attempts` times, and waits to be tried again: for longer than it
+/// would by itself.
 async fn waits_after(api: &Api, tenant: &str, attempts: i64) -> Value {
+    let client = api.client().await;
+    let wait = "WITH wait AS (
+                    UPDATE leasehold.work_claims SET expires_at = clock_timestamp() + interval '1 hour'
+                    WHERE token IS NULL AND expires_at > clock_timestamp() AND attempt_count = $2
+                      AND item_id IN (SELECT id FROM leasehold.work_items WHERE tenant_id = $1)
+                    RETURNING item_id, expires_at
+                )
+                UPDATE leasehold.work_items SET parked_until = wait.expires_at FROM wait WHERE id = wait.item_id";
+    eventually("it has failed", async || {
+        client
+            .execute(wait, &[&tenant, &i32::try_from(attempts).unwrap()])
+            .await
+            .unwrap()
+            == 1
+    })
+    .await;
     eventually("it failed and waits", async || {
         let items = items(api, tenant).await;
         matches!(&items[..], [item] if item["state"] == "delayed" && item["attempt_count"] == attempts)

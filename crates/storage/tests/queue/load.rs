@@ -217,7 +217,7 @@ async fn an_item_that_kills_processes_is_given_up() {
             started.elapsed() < Duration::from_secs(100),
             "it is never given up"
         );
-        let mut process = start_process(&bench, Duration::from_millis(500));
+        let mut process = start_process(&bench, Duration::from_secs(3));
         loop {
             bench.enqueue([others]).await;
             others += 1;

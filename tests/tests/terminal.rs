@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use leasehold_system_tests::http::{delete, get, post};
 use leasehold_system_tests::patience::eventually;
@@ -179,7 +180,7 @@ impl Drop for Shell {
                     "-s",
                     &self.child.id().to_string(),
                     "-o",
-                    "pid,ppid,pgid,tpgid,stat,args",
+                    "pid,ppid,pgid,tpgid,stat,wchan:20,args",
                 ])
                 .output();
             if let Ok(processes) = processes {
@@ -320,7 +321,14 @@ async fn without_a_shell_ctrl_z_stops_nothing() {
     shell.answers("one").await;
     shell.press(CTRL_Z);
     shell.shows("^Z").await;
-    shell.answers("two").await;
+    // What is typed just behind the key may be thrown away with what it has interrupted.
+    eventually("it goes on", async || {
+        let answers = shell.answers("two");
+        tokio::time::timeout(Duration::from_secs(1), answers)
+            .await
+            .is_ok()
+    })
+    .await;
     shell.press(CTRL_D);
     eventually("it has ended", async || shell.child.try_wait().unwrap().is_some()).await;
     assert!(is_free(&world).await);

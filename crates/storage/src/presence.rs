@@ -49,15 +49,16 @@ WITH told AS (
 )
 SELECT set_config('synchronous_commit', 'off', true) AS commit";
 
-/// Says that all is as it was told, and removes what processes told that ended without a word.
+/// Says that all is as it was told, and removes what processes told that ended without a word. Answers how much still
+/// stands there: somebody else may have believed that of us.
 const CONFIRM: &str = "\
 WITH silent AS (
     DELETE FROM leasehold.presence
     WHERE process_id <> $1 AND seen_at < clock_timestamp() - interval '1 minute'
 ), confirmed AS (
-    UPDATE leasehold.presence SET seen_at = clock_timestamp() WHERE process_id = $1
+    UPDATE leasehold.presence SET seen_at = clock_timestamp() WHERE process_id = $1 RETURNING lock_id
 )
-SELECT set_config('synchronous_commit', 'off', true) AS commit";
+SELECT count(*), set_config('synchronous_commit', 'off', true) AS commit FROM confirmed";
 
 /// What was told on a connection that broke still stands: who looks for a hold must find it all the time.
 const TOLD: &str = "SELECT lock_id FROM leasehold.presence WHERE process_id = $1";
@@ -144,11 +145,7 @@ struct Teller {
 impl Teller {
     async fn open(options: &ConnectOptions, process_id: Uuid) -> Result<Self, StorageError> {
         let client = options.open_spawned().await?;
-        let rows = client.query(TOLD, &[&process_id]).await?;
-        let told: HashSet<_> = rows
-            .iter()
-            .map(|row| LockId::from(row.get::<_, Uuid>(0)))
-            .collect();
+        let told = told(&client, process_id).await?;
         let confirmed = told.is_empty().then(Instant::now);
         Ok(Self {
             client,
@@ -193,8 +190,11 @@ impl Teller {
         }
         let is_fresh = |confirmed: Instant| confirmed.elapsed() < CONFIRM_AFTER;
         if !self.told.is_empty() && !self.confirmed.is_some_and(is_fresh) {
-            self.client.execute(CONFIRM, &[&process_id]).await?;
+            let stands: i64 = self.client.query_one(CONFIRM, &[&process_id]).await?.get(0);
             self.confirmed = Some(Instant::now());
+            if usize::try_from(stands) != Ok(self.told.len()) {
+                self.told = told(&self.client, process_id).await?;
+            }
         }
         Ok(self)
     }
@@ -205,6 +205,14 @@ impl Teller {
         }
         Ok(())
     }
+}
+
+async fn told(client: &Client, process_id: Uuid) -> Result<HashSet<LockId>, StorageError> {
+    let rows = client.query(TOLD, &[&process_id]).await?;
+    Ok(rows
+        .iter()
+        .map(|row| LockId::from(row.get::<_, Uuid>(0)))
+        .collect())
 }
 
 fn worth_telling(holds: &Holds, waits: &Waits) -> HashMap<LockId, Fact> {

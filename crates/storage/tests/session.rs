@@ -1045,6 +1045,10 @@ async fn presence_is_confirmed_and_taken_back() {
     is_told_after(Some(before)).await;
     let taken_back = bench.client.query("SELECT FROM taken_back", &[]).await.unwrap();
     assert_eq!(taken_back.len(), 0);
+    // Who was silent for a minute, being stopped, is believed to have ended.
+    let forget = "DELETE FROM leasehold.presence";
+    bench.client.batch_execute(forget).await.unwrap();
+    is_told_after(None).await;
     // Its connection breaks again, and before that is noticed there is nothing left to tell.
     let teller = bench.teller().await;
     bench.terminate(teller).await;

@@ -28,14 +28,22 @@ struct Free {
     free: bool,
 }
 
-/// The lock of a key: credentials have the same length, so no two keys are written alike.
+/// A lock of a key: credentials have the same length, so no two keys are written alike.
 macro_rules! lock_key {
-    () => {
-        "hashtextextended('idempotency|' || $1::text || '|' || $2, 0)"
+    ($which:literal) => {
+        concat!("hashtextextended('", $which, "|' || $1::text || '|' || $2, 0)")
     };
 }
 
-const TAKE: &str = concat!("SELECT pg_try_advisory_xact_lock(", lock_key!(), ") AS free");
+/// The first lock is for those who want to do the work. The second tells those who look that somebody does it. They share
+/// it for the length of their statement: who has the first waits for that long, or a look would refuse the work.
+const TAKE: &str = concat!(
+    "SELECT CASE WHEN pg_try_advisory_xact_lock(",
+    lock_key!("idempotency"),
+    ") THEN pg_advisory_xact_lock(",
+    lock_key!("idempotency shown"),
+    ") IS NOT NULL ELSE false END AS free"
+);
 
 /// Takes a key until the transaction ends. False when a request has it that has not ended.
 pub(super) async fn take(conn: &mut AsyncPgConnection, credential: Uuid, key: &str) -> QueryResult<bool> {
@@ -58,12 +66,11 @@ struct FoundRow {
     answer: Option<Vec<u8>>,
 }
 
-// Who has taken the key itself finds it free. Whoever does not wants to know whether somebody has, and shares it for
-// the length of the statement.
+// Who has taken the key itself finds it free.
 const FIND: &str = concat!(
     "SELECT asked.free, k.fingerprint = $3 AS same, k.status, k.answer
      FROM (SELECT pg_try_advisory_xact_lock_shared(",
-    lock_key!(),
+    lock_key!("idempotency shown"),
     ") AS free OFFSET 0) AS asked
      LEFT JOIN idempotency_keys k
        ON k.credential = $1 AND k.key = $2 AND k.created_at > clock_timestamp() - interval '24 hours'"

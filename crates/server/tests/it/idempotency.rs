@@ -20,6 +20,7 @@ in_both_modes!(
     a_failed_write_leaves_its_key_free,
     a_request_under_way_has_its_key,
     the_same_key_at_once_has_one_effect,
+    who_looks_refuses_nobody,
     a_deletion_at_once_with_its_twin_is_not_told_that_nothing_is_there,
     a_stored_answer_needs_no_lock,
     an_answer_is_kept_for_a_day,
@@ -269,6 +270,29 @@ async fn the_same_key_at_once_has_one_effect(api: Api) {
         is_replay(first[0], &put(&api, &key, &path, round).await);
     }
     assert_eq!(version(&api).await, 10);
+}
+
+/// For a moment a look shares what it looks at, and who has come to the work waits for that moment.
+async fn who_looks_refuses_nobody(api: Api) {
+    let api = Arc::new(api);
+    let client = api.client().await;
+    let look = "SELECT pg_advisory_lock_shared(hashtextextended('idempotency shown|' || id || '|k', 0)) FROM credentials";
+    assert!(!client.query(look, &[]).await.unwrap().is_empty());
+    let done = {
+        let api = api.clone();
+        tokio::spawn(async move { put(&api, "k", "a", 1).await })
+    };
+    eventually("it waits, or was refused", async || {
+        let waits = "SELECT FROM pg_locks JOIN pg_database d ON d.oid = database
+                     WHERE locktype = 'advisory' AND NOT granted AND datname = current_database()";
+        done.is_finished() || !client.query(waits, &[]).await.unwrap().is_empty()
+    })
+    .await;
+    client
+        .batch_execute("SELECT pg_advisory_unlock_all()")
+        .await
+        .unwrap();
+    done.await.unwrap().is(200);
 }
 
 /// Both have looked before either was done: then one of them finds nothing to delete.

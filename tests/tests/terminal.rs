@@ -154,11 +154,16 @@ impl Shell {
         self.is_back().await;
     }
 
-    /// Answers the process that the command has told. The shell may prompt above or below that.
-    async fn starts_in_background(&mut self, line: &str) -> String {
-        self.enter(&format!("{line} &")).await;
+    /// Answers the process that the command tells.
+    async fn starts(&mut self, line: &str) -> String {
+        self.enter(line).await;
         self.shows("command ").await;
-        let command = self.line().await;
+        self.line().await
+    }
+
+    /// The shell may prompt above or below what the command tells.
+    async fn starts_in_background(&mut self, line: &str) -> String {
+        let command = self.starts(&format!("{line} &")).await;
         self.press("echo the sh''ell\n");
         self.shows("the shell").await;
         command
@@ -267,9 +272,7 @@ async fn a_redirected_command_has_the_terminal_all_the_same() {
     let world = World::start("lease").await;
     let mut shell = Shell::start(&world);
     let reads = "echo com\"\"mand $$; read x </dev/tty; echo \"go\"t $x; read x </dev/tty";
-    shell.enter(&format!("$run -- sh -c '{reads}' </dev/null")).await;
-    shell.shows("command ").await;
-    let command = shell.line().await;
+    let command = shell.starts(&format!("$run -- sh -c '{reads}' </dev/null")).await;
     shell.answers("one").await;
     shell.suspend().await;
     assert_eq!(state(&command), Some('T'));
@@ -278,9 +281,7 @@ async fn a_redirected_command_has_the_terminal_all_the_same() {
     shell.press(CTRL_C);
     shell.says_code(130).await;
     // Also one that never had it.
-    shell.enter(&format!("$run {WAITS} </dev/null")).await;
-    shell.shows("command ").await;
-    let command = shell.line().await;
+    let command = shell.starts(&format!("$run {WAITS} </dev/null")).await;
     shell.suspend().await;
     assert_eq!(state(&command), Some('T'));
     shell.foreground().await;
@@ -296,9 +297,7 @@ async fn a_terminal_that_takes_nothing_holds_up_no_end() {
     let world = World::start("lease").await;
     let mut shell = Shell::start(&world);
     let stays = "trap \"\" TERM; echo com\"\"mand $$; while :; do sleep 0.1; done";
-    shell.enter(&format!("$run --ttl 5s -- sh -c '{stays}'")).await;
-    shell.shows("command ").await;
-    let command = shell.line().await;
+    let command = shell.starts(&format!("$run --ttl 5s -- sh -c '{stays}'")).await;
     shell.press(CTRL_S);
     let forced = world.api.send(delete(format!("{LOCK}?reason=stuck"))).await;
     forced.expect(200);
@@ -373,9 +372,7 @@ async fn in_the_background_it_leaves_the_terminal_to_the_shell() {
     // Both ways there: sent there, and started there.
     for there in ["bg", "&"] {
         let command = if there == "bg" {
-            shell.enter(&format!("$run -- sh -c '{told}'")).await;
-            shell.shows("command ").await;
-            let command = shell.line().await;
+            let command = shell.starts(&format!("$run -- sh -c '{told}'")).await;
             shell.suspend().await;
             shell.enter("bg").await;
             eventually("it goes on", async || state(&command) != Some('T')).await;

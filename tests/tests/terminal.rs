@@ -333,6 +333,56 @@ async fn without_a_shell_ctrl_z_stops_nothing() {
     assert!(is_free(&world).await);
 }
 
+/// As in a sandbox, or after `nsenter`: our session and our group are of another process namespace, and have no number in
+/// ours.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_terminal_of_another_namespace_is_lent_as_well() {
+    let mut namespace = vec!["unshare", "--pid", "--fork", "--kill-child"];
+    if !rustix::process::geteuid().is_root() {
+        namespace.extend(["--user", "--map-root-user"]);
+    }
+    let is_allowed = Command::new(namespace[0])
+        .args(&namespace[1..])
+        .arg("true")
+        .status();
+    if !is_allowed.unwrap().success() {
+        eprintln!("skipped: this machine allows no process namespaces");
+        return;
+    }
+    let world = World::start("lease").await;
+    let answers = "echo begun; while read x; do echo \"got $x\"; done";
+    let run = program().to_str().unwrap();
+    // The first process of a namespace is no ordinary one.
+    let from_a_shell = format!("\"$0\" run --name deploy -- sh -c '{answers}'; echo co\"\"de $?");
+    let mut shell = Shell::without(
+        &world,
+        &[&namespace[..], &["sh", "-c", &from_a_shell, run]].concat(),
+    );
+    shell.shows("begun").await;
+    shell.answers("one").await;
+    shell.press(CTRL_Z);
+    shell.shows("^Z").await;
+    // What is typed just behind the key may be thrown away with what it has interrupted.
+    eventually("it goes on", async || {
+        let answers = shell.answers("two");
+        tokio::time::timeout(Duration::from_secs(1), answers)
+            .await
+            .is_ok()
+    })
+    .await;
+    shell.press(CTRL_D);
+    shell.shows("code 0").await;
+    assert!(is_free(&world).await);
+    // In the background it is not lent.
+    let mut shell = Shell::start(&world);
+    let run = format!("{} $run {WAITS}", namespace.join(" "));
+    shell.starts_in_background(&run).await;
+    shell.foreground().await;
+    shell.press(CTRL_C);
+    shell.says_code(130).await;
+    assert!(is_free(&world).await);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn ctrl_c_ends_the_command_and_frees_the_lock() {
     let world = World::start("lease").await;

@@ -13,7 +13,8 @@ use diesel::sql_types::Text;
 use leasehold_domain::{AcquireError, DistributedLock, Holder, LockGuard, LockRequest, Released, Ttl};
 use leasehold_storage::{Database, PgLeaseLock};
 use rustix::process::{
-    Pid, Signal, WaitId, WaitIdOptions, getpgrp, kill_process_group, test_kill_process_group, waitid,
+    Pid, Signal, WaitId, WaitIdOptions, kill_current_process_group, kill_process_group,
+    test_kill_process_group, waitid,
 };
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
@@ -281,7 +282,7 @@ async fn attend(
 ) -> io::Result<Option<ExitStatus>> {
     let id = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
     let group = id.ok_or_else(|| io::Error::other("it has no process id"))?;
-    let mut terminal = Terminal::of_session(group);
+    let mut terminal = Terminal::of_session(group.as_raw_nonzero().get());
     // What it is piped into may be a pager, which needs the terminal: then it is lent when the command asks for it.
     if let Some(terminal) = &mut terminal
         && io::stdin().is_terminal()
@@ -387,7 +388,7 @@ fn stop_along(terminal: Option<&mut Terminal>, by: Signal, group: Pid) {
 fn stop() -> bool {
     let stops = has_a_shell();
     if stops {
-        _ = kill_process_group(getpgrp(), Signal::STOP);
+        _ = kill_current_process_group(Signal::STOP);
     }
     stops
 }

@@ -154,6 +154,27 @@ impl Shell {
         self.is_back().await;
     }
 
+    /// Stops the job that has the terminal, with this process in it, and lets it go on there.
+    async fn suspend_for_a_while(&mut self, process: &str) {
+        self.suspend().await;
+        assert_eq!(state(process), Some('T'));
+        self.foreground().await;
+        eventually("it goes on", async || state(process) != Some('T')).await;
+    }
+
+    /// Stops nothing where no shell can let it go on.
+    async fn suspends_nothing(&mut self) {
+        self.press(CTRL_Z);
+        self.shows("^Z").await;
+        // What is typed just behind the key may be thrown away with what it has interrupted.
+        eventually("it goes on", async || {
+            tokio::time::timeout(Duration::from_secs(1), self.answers("two"))
+                .await
+                .is_ok()
+        })
+        .await;
+    }
+
     /// Answers the process that the command tells.
     async fn starts(&mut self, line: &str) -> String {
         self.enter(line).await;
@@ -274,18 +295,12 @@ async fn a_redirected_command_has_the_terminal_all_the_same() {
     let reads = "echo com\"\"mand $$; read x </dev/tty; echo \"go\"t $x; read x </dev/tty";
     let command = shell.starts(&format!("$run -- sh -c '{reads}' </dev/null")).await;
     shell.answers("one").await;
-    shell.suspend().await;
-    assert_eq!(state(&command), Some('T'));
-    shell.foreground().await;
-    eventually("it goes on", async || state(&command) != Some('T')).await;
+    shell.suspend_for_a_while(&command).await;
     shell.press(CTRL_C);
     shell.says_code(130).await;
     // Also one that never had it.
     let command = shell.starts(&format!("$run {WAITS} </dev/null")).await;
-    shell.suspend().await;
-    assert_eq!(state(&command), Some('T'));
-    shell.foreground().await;
-    eventually("it goes on", async || state(&command) != Some('T')).await;
+    shell.suspend_for_a_while(&command).await;
     shell.press(CTRL_BACKSLASH);
     shell.says_code(131).await;
     assert!(is_free(&world).await);
@@ -318,16 +333,7 @@ async fn without_a_shell_ctrl_z_stops_nothing() {
     );
     shell.shows("begun").await;
     shell.answers("one").await;
-    shell.press(CTRL_Z);
-    shell.shows("^Z").await;
-    // What is typed just behind the key may be thrown away with what it has interrupted.
-    eventually("it goes on", async || {
-        let answers = shell.answers("two");
-        tokio::time::timeout(Duration::from_secs(1), answers)
-            .await
-            .is_ok()
-    })
-    .await;
+    shell.suspends_nothing().await;
     shell.press(CTRL_D);
     eventually("it has ended", async || shell.child.try_wait().unwrap().is_some()).await;
     assert!(is_free(&world).await);
@@ -360,16 +366,7 @@ async fn the_terminal_of_another_namespace_is_lent_as_well() {
     );
     shell.shows("begun").await;
     shell.answers("one").await;
-    shell.press(CTRL_Z);
-    shell.shows("^Z").await;
-    // What is typed just behind the key may be thrown away with what it has interrupted.
-    eventually("it goes on", async || {
-        let answers = shell.answers("two");
-        tokio::time::timeout(Duration::from_secs(1), answers)
-            .await
-            .is_ok()
-    })
-    .await;
+    shell.suspends_nothing().await;
     shell.press(CTRL_D);
     shell.shows("code 0").await;
     assert!(is_free(&world).await);
@@ -460,10 +457,7 @@ async fn ctrl_z_stops_what_was_started_in_the_background() {
     let mut shell = Shell::start(&world);
     let command = shell.starts_in_background(&format!("$run {WAITS}")).await;
     shell.foreground().await;
-    shell.suspend().await;
-    assert_eq!(state(&command), Some('T'));
-    shell.foreground().await;
-    eventually("it goes on", async || state(&command) != Some('T')).await;
+    shell.suspend_for_a_while(&command).await;
     shell.press(CTRL_C);
     shell.says_code(130).await;
     assert!(is_free(&world).await);

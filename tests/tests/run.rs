@@ -788,6 +788,27 @@ async fn locks_of_every_kind_are_listed_with_those_who_wait() {
     drop(second);
 }
 
+/// Of a lock that some other program has taken the server knows a number.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lock_without_a_name_is_shown_by_its_number() {
+    let world = world().await;
+    let sql = "SELECT pg_advisory_lock(4200000000), pg_advisory_lock_shared(4, 2), pg_backend_pid()";
+    let pid: i32 = world.client.query_one(sql, &[]).await.unwrap().get(2);
+    for (number, mode) in [("4200000000", "exclusive"), ("4,2", "shared")] {
+        let called = format!("(key {number})");
+        let list = output(locks(&world, &["list"])).await.stdout;
+        let list = String::from_utf8(list).unwrap();
+        assert!(list.lines().any(|line| line.starts_with(&called)), "{list}");
+        let shown = json_of(&world, &["show", &called, "--json"]).await;
+        assert_eq!((&shown["key"], &shown["name"]), (&json!(number), &Value::Null));
+        assert_eq!(shown["mode"], mode);
+        assert_eq!(shown["session"]["pid"], pid);
+        let (status, text) = code(locks(&world, &["release", &called, "--reason", "stuck"])).await;
+        assert_eq!(status, Some(1), "{text}");
+        assert!(text.contains(&format!("pg_terminate_backend({pid})")), "{text}");
+    }
+}
+
 /// Reads `n token` lines, which must be in the order of both.
 fn in_order(lines: impl IntoIterator<Item = String>) -> usize {
     let mut done: Vec<(u64, i64)> = lines

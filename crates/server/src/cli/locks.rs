@@ -110,7 +110,7 @@ async fn act(db: &Database, action: &Action) -> Result<String, Failed> {
             table(db, &items).await
         }
         Action::Show { name, .. } => {
-            let items: Vec<Item> = only(held, name)?.1.into_iter().map(Item::from).collect();
+            let items: Vec<Item> = only(held, name)?.into_iter().map(Item::from).collect();
             shown(db, &items, which.json).await
         }
         Action::Release {
@@ -119,8 +119,11 @@ async fn act(db: &Database, action: &Action) -> Result<String, Failed> {
             terminate,
             ..
         } => {
-            let (name, held) = only(held, name)?;
-            let ended = release(db, &name, &held, reason, *terminate).await?;
+            let held = only(held, name)?;
+            let Some(name) = held.iter().find_map(|lock| lock.name.as_ref()) else {
+                return Err(ends_with_its_session(name, &held).into());
+            };
+            let ended = release(db, name, &held, reason, *terminate).await?;
             shown(db, &ended, which.json).await
         }
     }
@@ -139,35 +142,64 @@ async fn held(db: &Database, tenant: Option<&Slug>) -> Result<Vec<HeldView>, Fai
     Ok(held)
 }
 
-/// The lock that is meant by a name, by the whole of it or by what its tenant calls it, and its holds: several may share
-/// it, and locks of several kinds may have one name.
-fn only(mut held: Vec<HeldView>, name: &str) -> Result<(LockName, Vec<HeldView>), Failed> {
-    held.retain(|lock| lock.name.as_ref().is_some_and(|found| is_meant(found, name)));
-    let mut names: Vec<LockName> = Vec::new();
-    for found in held.iter().filter_map(|lock| lock.name.as_ref()) {
-        if !names.contains(found) {
-            names.push(found.clone());
+/// The holds of the lock that is meant, by what the list calls it or by what its tenant does: several may share it, and
+/// locks of several kinds may have one name.
+fn only(mut held: Vec<HeldView>, name: &str) -> Result<Vec<HeldView>, Failed> {
+    held.retain(|lock| {
+        called(lock) == name
+            || lock
+                .name
+                .as_ref()
+                .is_some_and(|found| is_of_a_tenant(found, name))
+    });
+    let mut names: Vec<String> = Vec::new();
+    for found in held.iter().map(called) {
+        if !names.contains(&found) {
+            names.push(found);
         }
     }
     match names.as_slice() {
-        [found] => Ok((found.clone(), held)),
+        [_] => Ok(held),
         [] => Err(format!("nobody holds {name}").into()),
-        several => {
-            let names: Vec<String> = several.iter().map(LockName::to_string).collect();
-            Err(format!(
-                "{name} is the name of several: {}; give the whole name, or --tenant",
-                names.join(", ")
-            )
-            .into())
-        }
+        several => Err(format!(
+            "{name} is the name of several: {}; give the whole name, or --tenant",
+            several.join(", ")
+        )
+        .into()),
     }
 }
 
-fn is_meant(found: &LockName, name: &str) -> bool {
+/// What the list calls a lock. Of an advisory lock whose holder tells no name the server knows a number.
+fn called(lock: &HeldView) -> String {
+    match (&lock.name, lock.key) {
+        (Some(name), _) => name.to_string(),
+        (None, Some(key)) => format!("(key {})", number(key)),
+        (None, None) => unknown(),
+    }
+}
+
+fn number(key: AdvisoryKey) -> String {
+    match key {
+        AdvisoryKey::Big(key) => key.to_string(),
+        AdvisoryKey::Pair(high, low) => format!("{high},{low}"),
+    }
+}
+
+fn ends_with_its_session(called: &str, held: &[HeldView]) -> String {
+    let sessions = held.iter().filter_map(|lock| lock.session.as_ref());
+    let ends: Vec<String> = sessions
+        .map(|session| format!("pg_terminate_backend({})", session.backend_pid))
+        .collect();
+    format!(
+        "whoever holds {called} tells no name, and would not hear of it: end its session of the server, by {}",
+        ends.join(" and ")
+    )
+}
+
+/// What a tenant calls a lock of its own.
+fn is_of_a_tenant(found: &LockName, name: &str) -> bool {
     let mut parts = found.parts();
-    let of_a_tenant =
-        parts.next() == Some(FIRST_PART) && parts.nth(1) == Some(name) && parts.next().is_none();
-    of_a_tenant || found.to_string() == name
+    parts.next() == Some(FIRST_PART) && parts.nth(1) == Some(name) && parts.next().is_none()
 }
 
 /// Takes a name away from all who hold it, by whatever kind of lock. Answers what was ended.
@@ -235,6 +267,8 @@ async fn release(
 /// A lock as the command prints it. What is not known is `null`.
 #[derive(Serialize)]
 struct Item {
+    #[serde(skip)]
+    called: String,
     name: Option<String>,
     /// The number that the server sees, or the pair of them, of an advisory lock.
     key: Option<String>,
@@ -269,13 +303,10 @@ impl From<HolderSession> for SessionView {
 
 impl From<HeldView> for Item {
     fn from(held: HeldView) -> Self {
-        let key = held.key.map(|key| match key {
-            AdvisoryKey::Big(key) => key.to_string(),
-            AdvisoryKey::Pair(high, low) => format!("{high},{low}"),
-        });
         Self {
+            called: called(&held),
             name: held.name.map(|name| name.to_string()),
-            key,
+            key: held.key.map(number),
             mode: held.mode,
             backend: held.backend.as_str(),
             lock_id: held.lock_id.map(LockId::as_uuid),
@@ -308,11 +339,6 @@ impl Item {
     }
 
     fn columns(&self, now: DateTime<Utc>) -> [String; COLUMNS.len()] {
-        let name = match (&self.name, &self.key) {
-            (Some(name), _) => name.clone(),
-            (None, Some(key)) => format!("(key {key})"),
-            (None, None) => unknown(),
-        };
         let holder = match (&self.holder, &self.session) {
             (Some(holder), _) => format!("{} ({})", holder.owner, holder.operation),
             (None, Some(session)) => {
@@ -324,7 +350,7 @@ impl Item {
         let age = self.acquired_at.map(|since| length(now - since.0));
         let expiry = self.expires_at.map(|at| format!("in {}", length(at.0 - now)));
         [
-            on_one_line(&name),
+            on_one_line(&self.called),
             self.mode.to_string(),
             self.backend.to_owned(),
             on_one_line(&holder),
@@ -414,10 +440,10 @@ mod tests {
     }
 
     #[test]
-    fn what_a_name_means() {
+    fn what_a_tenant_calls_a_lock() {
         let lock = LockName::new(["lock", "acme", "deploy"]).unwrap();
         let longer = LockName::new(["lock", "acme", "deploy", "more"]).unwrap();
-        assert!(is_meant(&lock, "deploy") && is_meant(&lock, "lock/acme/deploy"));
-        assert!(!is_meant(&lock, "acme") && !is_meant(&longer, "deploy"));
+        assert!(is_of_a_tenant(&lock, "deploy"));
+        assert!(!is_of_a_tenant(&lock, "acme") && !is_of_a_tenant(&longer, "deploy"));
     }
 }

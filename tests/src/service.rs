@@ -1,5 +1,6 @@
 //! The `leasehold` program as a child process.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -34,6 +35,7 @@ struct Lines(Arc<Mutex<Vec<String>>>);
 #[must_use = "nothing runs until `start`"]
 pub struct ServiceBuilder {
     command: Command,
+    log: Option<File>,
 }
 
 /// The built program: what `LEASEHOLD_BIN` names, else what cargo builds now.
@@ -89,21 +91,21 @@ impl Service {
     pub fn without_migrating(database: &TestDatabase) -> ServiceBuilder {
         let mut command = command(Some(database.url()));
         command.arg("serve");
-        ServiceBuilder { command }
+        ServiceBuilder { command, log: None }
     }
 
     /// As [`Service::on`], on whatever is behind this URL.
     pub fn on_url(url: &str) -> ServiceBuilder {
         let mut command = command(Some(url));
         command.args(["serve", "--migrate"]);
-        ServiceBuilder { command }
+        ServiceBuilder { command, log: None }
     }
 
     /// A service that finds itself a Postgres, started without arguments in this folder.
     pub fn private_in(folder: &Path) -> ServiceBuilder {
         let mut command = command(None);
         command.current_dir(folder);
-        ServiceBuilder { command }
+        ServiceBuilder { command, log: None }
     }
 
     /// Where it listens.
@@ -174,6 +176,12 @@ impl ServiceBuilder {
         self
     }
 
+    /// With its log lines to this file, instead of to [`Service::log`].
+    pub fn log_to(mut self, file: File) -> Self {
+        self.log = Some(file);
+        self
+    }
+
     /// Starts the process, and returns when it listens.
     pub async fn start(self) -> Service {
         match self.try_start().await {
@@ -193,11 +201,11 @@ impl ServiceBuilder {
         let mut child = self
             .command
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stderr(self.log.map_or_else(Stdio::piped, Stdio::from))
             .spawn()
             .unwrap();
         let out = Lines::read(child.stdout.take().unwrap());
-        let log = Lines::read(child.stderr.take().unwrap());
+        let log = child.stderr.take().map(Lines::read).unwrap_or_default();
         let unknown = SocketAddr::from(([0; 4], 0));
         let mut service = Service {
             child,

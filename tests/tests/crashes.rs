@@ -1,9 +1,10 @@
 //! Services that are killed, stopped, asked to end, and started together.
 
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 use leasehold_system_tests::database::TestDatabase;
-use leasehold_system_tests::http::get;
+use leasehold_system_tests::http::{Api, get};
 use leasehold_system_tests::patience::{eventually, in_time};
 use leasehold_system_tests::service::{Service, ServiceBuilder};
 use rustix::process::Signal;
@@ -201,6 +202,39 @@ async fn instances_of_different_lock_modes_do_not_mix() {
         said.contains("WORKSPACE_LOCK_MODE") && said.contains("leasehold migrate"),
         "{said}"
     );
+}
+
+/// As when the disk of the log is full, or whoever read it has gone: a line is lost, and nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_goes_on_when_nobody_takes_its_log() {
+    let world = World::start("lease").await;
+    let nobody = File::options().write(true).open("/dev/full").unwrap();
+    let service = Service::on(&world.database).log_to(nobody).start().await;
+    let api = Api {
+        address: service.address(),
+        ..world.api.clone()
+    };
+    drop(world.service);
+    let client = &world.client;
+    let keeps = async || -> i64 {
+        let sql = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+                   WHERE datname = current_database() AND locktype = 'advisory' AND mode = 'ShareLock'";
+        client.query_one(sql, &[]).await.unwrap().get(0)
+    };
+    eventually("only one instance is there", async || keeps().await == 1).await;
+    let end = "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity
+               WHERE datname = current_database() AND pid <> pg_backend_pid()";
+    for round in 0..3 {
+        let ended: i64 = client.query_one(end, &[]).await.unwrap().get(0);
+        assert!(ended > 0);
+        eventually("it keeps its lock again", async || keeps().await == 1).await;
+        eventually("it writes", async || {
+            api.try_send(put_key("a", round))
+                .await
+                .is_some_and(|answer| answer.status == 200)
+        })
+        .await;
+    }
 }
 
 /// Without `--migrate` nothing is changed, and what to do is said.

@@ -220,6 +220,28 @@ async fn what_was_to_be_ignored_is_ignored() {
     assert!(is_free(&world).await);
 }
 
+/// As when the disk of the log is full, or whoever read it has gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_goes_on_when_nobody_takes_what_it_says() {
+    let world = world().await;
+    let nobody = fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut ran = script(&world, &["--ttl", "2s"], "read x; exit $x");
+    let mut child = ran.stdin(Stdio::piped()).stderr(nobody).spawn().unwrap();
+    let until = async || world.api.send(get(LOCK)).await.json()["expires_at"].clone();
+    eventually("it has the lock", async || until().await.is_string()).await;
+    let end = "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity
+               WHERE datname = current_database() AND pid <> pg_backend_pid()";
+    world.client.execute(end, &[]).await.unwrap();
+    for _ in 0..3 {
+        let before = until().await;
+        eventually("it renews the lock", async || until().await != before).await;
+    }
+    child.stdin.take().unwrap().write_all(b"3\n").unwrap();
+    let ended = tokio::task::spawn_blocking(move || child.wait().unwrap());
+    assert_eq!(in_time("the end", ended).await.unwrap().code(), Some(3));
+    assert!(is_free(&world).await);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_exit_code_is_the_commands() {
     let world = world().await;

@@ -12,6 +12,9 @@ pub(crate) fn start(config: &LogConfig) {
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
+        // Of a line that nobody takes it would tell standard error, and panic when nobody takes that either: whoever
+        // logs, renews leases or answers a request would end with its log's disk or reader.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     let started = match config.log_format {
         LogFormat::Text => lines.try_init(),

@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitCode, ExitStatus};
 use std::task::Poll;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -266,7 +267,9 @@ fn start(args: &RunArgs, guard: &LockGuard) -> io::Result<Child> {
     command
         .args(arguments)
         .env("LEASEHOLD_LOCK_ID", guard.lock_id().to_string())
-        .process_group(0);
+        .process_group(0)
+        // Should we panic, it must not go on without the lock.
+        .kill_on_drop(true);
     if let Some(token) = guard.fencing_token() {
         command.env("LEASEHOLD_FENCING_TOKEN", token.to_string());
     }
@@ -401,7 +404,9 @@ async fn end(child: &mut Child, group: Pid) -> io::Result<ExitStatus> {
         _ = kill_process_group(group, signal);
     }
     // A terminal that Ctrl-S has stopped takes nothing, and must not hold this up.
-    std::thread::spawn(|| say("leasehold: the lock is not ours any more: the command is stopped"));
+    let tell = || say("leasehold: the lock is not ours any more: the command is stopped");
+    // Nor must a machine that has no thread left.
+    drop(thread::Builder::new().spawn(tell));
     let ended = tokio::time::timeout(GRACE, child.wait()).await;
     while since.elapsed() < GRACE && test_kill_process_group(group).is_ok() {
         tokio::time::sleep(LOOK).await;

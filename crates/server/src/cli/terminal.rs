@@ -4,7 +4,8 @@
 //! Ctrl-C and Ctrl-Z send.
 //!
 //! In a sandbox, or after `nsenter`, our group and our session may be of the process namespace outside: then their number
-//! is 0 here (`pid_namespaces(7)`), and nothing can make the terminal listen to them again.
+//! is 0 here (`pid_namespaces(7)`), and nothing here can make the terminal listen to them again: that is left to the shell
+//! outside.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -66,10 +67,12 @@ impl Terminal {
         tcgetpgrp(&self.device).ok()
     }
 
-    /// POSIX has a `read` in the background fail when the signal that would stop the reader is blocked. One of no bytes
-    /// takes nothing away, and asks for no number of our group. While another reads it would wait, were the device not opened
-    /// to answer at once.
+    /// Where our group has no number, a `read` of no bytes tells: Linux fails one in the background, when the signal that
+    /// would stop the reader is blocked. While another reads it would wait, were the device not opened to answer at once.
     fn listens_to_us(&self) -> bool {
+        if getpgrp().as_raw() > 0 {
+            return self.listens_to() == Some(getpgrp());
+        }
         let read = unstopped_by(Signal::SIGTTIN, || (&self.device).read(&mut []));
         read.is_ok() || read.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
     }
@@ -85,11 +88,11 @@ impl Terminal {
 /// On a thread that blocks the signal.
 fn unstopped_by<T: Send>(signal: Signal, call: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     thread::scope(|scope| {
-        let called = scope.spawn(|| {
+        let called = thread::Builder::new().spawn_scoped(scope, || {
             SigSet::from(signal).thread_block()?;
             call()
         });
-        called
+        called?
             .join()
             .unwrap_or_else(|_| Err(io::Error::other("the thread for it panicked")))
     })

@@ -81,6 +81,22 @@ pub fn command(database_url: Option<&str>) -> Command {
     command
 }
 
+/// The command, started by a line of the shell that ends with `exec "$@"`.
+pub fn through(line: &str, command: &Command) -> Command {
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", line, "sh"])
+        .arg(command.get_program())
+        .args(command.get_args())
+        .env_clear()
+        .envs(
+            command
+                .get_envs()
+                .filter_map(|(name, value)| Some((name, value?))),
+        );
+    shell
+}
+
 impl Service {
     /// A service on a database of its own or shared with others, which brings the schema up to date itself.
     pub fn on(database: &TestDatabase) -> ServiceBuilder {
@@ -173,6 +189,12 @@ impl ServiceBuilder {
     /// With an environment variable more.
     pub fn set(mut self, name: &str, value: impl AsRef<str>) -> Self {
         self.command.env(name, value.as_ref());
+        self
+    }
+
+    /// Started by a line of the shell that ends with `exec "$@"`.
+    pub fn through(mut self, line: &str) -> Self {
+        self.command = through(line, &self.command);
         self
     }
 

@@ -8,6 +8,7 @@ use leasehold_system_tests::http::{Api, get};
 use leasehold_system_tests::patience::{eventually, in_time};
 use leasehold_system_tests::service::{Service, ServiceBuilder};
 use rustix::process::Signal;
+use tokio::net::TcpStream;
 
 use crate::world::{WORKSPACE, World, grace, in_both_modes, key_path, put_key};
 
@@ -202,6 +203,21 @@ async fn instances_of_different_lock_modes_do_not_mix() {
         said.contains("WORKSPACE_LOCK_MODE") && said.contains("leasehold migrate"),
         "{said}"
     );
+}
+
+/// The limit of open files that most systems begin with is one that a program is expected to raise.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_has_more_clients_than_files_were_allowed_at_first() {
+    let world = World::start_with("lease", |service| {
+        service.through("ulimit -S -n 100; exec \"$@\"")
+    })
+    .await;
+    let mut clients = Vec::new();
+    for _ in 0..200 {
+        clients.push(TcpStream::connect(world.service.address()).await.unwrap());
+    }
+    world.api.send(get("/healthz")).await.expect(200);
+    world.api.send(put_key("a", 1)).await.expect(200);
 }
 
 /// As when the disk of the log is full, or whoever read it has gone: a line is lost, and nothing else.

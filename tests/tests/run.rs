@@ -14,7 +14,7 @@ use leasehold_system_tests::http::{delete, get, post};
 use leasehold_system_tests::patience::{PATIENCE, eventually, in_time, within};
 use leasehold_system_tests::process::state;
 use leasehold_system_tests::secrets;
-use leasehold_system_tests::service::command;
+use leasehold_system_tests::service::{command, through};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::{Value, json};
 use tokio::time::sleep;
@@ -195,21 +195,11 @@ async fn what_was_to_be_ignored_is_ignored() {
     let world = world().await;
     let folder = Folder::new();
     let (begun, end) = (folder.file("begun"), folder.file("end"));
-    let wait = format!(
-        "echo > {}; until test -e {}; do sleep 0.02; done; exit 3",
-        begun.display(),
-        end.display()
-    );
-    let ran = run(&world, &[&NAME[..], &["--", "sh", "-c", &wait]].concat());
-    let mut nohup = Command::new("sh");
-    nohup
-        .args(["-c", "trap '' HUP INT; exec \"$0\" \"$@\""])
-        .arg(ran.get_program())
-        .args(ran.get_args())
-        .env_clear()
-        .envs(ran.get_envs().filter_map(|(name, value)| Some((name, value?))))
-        .stdin(Stdio::null());
-    let mut child = nohup.spawn().unwrap();
+    let wait = "echo > \"$begun\"; until test -e \"$end\"; do sleep 0.02; done; exit 3";
+    let mut ran = script(&world, &[], wait);
+    ran.env("begun", &begun).env("end", &end);
+    let mut nohup = through("trap '' HUP INT; exec \"$@\"", &ran);
+    let mut child = nohup.stdin(Stdio::null()).spawn().unwrap();
     eventually("it runs", async || begun.exists()).await;
     for signal in [Signal::HUP, Signal::INT] {
         kill_process(Pid::from_child(&child), signal).unwrap();
@@ -945,6 +935,7 @@ async fn programs_in_other_languages_commands_and_rust_exclude_each_other() {
             .env("LEASEHOLD_URL", format!("http://{}", world.service.address()))
             .env("LEASEHOLD_KEY", world.api.key.as_deref().unwrap())
             .env("LEASEHOLD_TENANT", "acme")
+            .env("no_proxy", "*")
             .stdin(Stdio::null());
         command
     };

@@ -8,6 +8,7 @@ use std::time::Duration;
 use axum::serve::ListenerExt;
 use leasehold_domain::LockGuard;
 use leasehold_storage::Database;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -30,9 +31,22 @@ const SHUTDOWN: Duration = Duration::from_secs(5);
 pub(crate) fn run(config: &ServeConfig) -> Result<(), Failed> {
     telemetry::start(&config.log);
     metrics::start();
+    allow_open_files();
     // The private server starts before the runtime and ends after it.
     let postgres = Postgres::find(&config.database)?;
     postgres.runtime.block_on(serve(config, &postgres))
+}
+
+/// Each client is one, also who waits for a lock. Many a system lets a program have 1024 unless it asks for more.
+fn allow_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    let most = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, most) {
+        tracing::warn!(%error, ?limit.current, "no more files can be open at once");
+    }
 }
 
 async fn serve(config: &ServeConfig, postgres: &Postgres) -> Result<(), Failed> {

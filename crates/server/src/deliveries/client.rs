@@ -19,7 +19,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::crypto::ring;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::net::{TcpStream, lookup_host};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tower::Service;
 
 use crate::deliveries::target::is_public;
@@ -166,15 +166,21 @@ impl Service<Uri> for Connector {
     fn call(&mut self, uri: Uri) -> Self::Future {
         let allow_private = self.allow_private;
         Box::pin(async move {
-            match timeout(CONNECT, connect(&uri, allow_private)).await {
-                Ok(connected) => Ok(TokioIo::new(connected?)),
-                Err(_) => Err(format!("no connection within {} s", CONNECT.as_secs()).into()),
-            }
+            let connect = async { connect(&find(&uri, allow_private).await?).await };
+            let connected = timeout(CONNECT, connect)
+                .await
+                .unwrap_or_else(|_| Err(too_late()));
+            connected.map(TokioIo::new)
         })
     }
 }
 
-async fn connect(uri: &Uri, allow_private: bool) -> Result<TcpStream, axum::BoxError> {
+fn too_late() -> axum::BoxError {
+    format!("no connection within {} s", CONNECT.as_secs()).into()
+}
+
+/// The addresses that may be connected to.
+async fn find(uri: &Uri, allow_private: bool) -> Result<Vec<SocketAddr>, axum::BoxError> {
     let host = uri.host().ok_or("the URL has no host")?;
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let default = if uri.scheme_str() == Some("https") {
@@ -186,14 +192,24 @@ async fn connect(uri: &Uri, allow_private: bool) -> Result<TcpStream, axum::BoxE
     // A name that is only known inside is not told from one that is not known at all.
     let found = found.map_err(|_| NotPublic)?;
     let may_connect = |address: &SocketAddr| allow_private || is_public(address.ip());
+    Ok(found.filter(may_connect).collect())
+}
+
+/// To the first address that answers. One that is silent, as all of IPv6 is on many a machine, leaves the others their
+/// share of the time.
+async fn connect(addresses: &[SocketAddr]) -> Result<TcpStream, axum::BoxError> {
+    let until = Instant::now() + CONNECT;
     let mut failed: axum::BoxError = NotPublic.into();
-    for address in found.filter(may_connect) {
-        match TcpStream::connect(address).await {
-            Ok(stream) => {
+    for (index, address) in addresses.iter().enumerate() {
+        let left = u32::try_from(addresses.len() - index).unwrap_or(u32::MAX);
+        let share = until.saturating_duration_since(Instant::now()) / left;
+        match timeout(share, TcpStream::connect(address)).await {
+            Ok(Ok(stream)) => {
                 stream.set_nodelay(true)?;
                 return Ok(stream);
             }
-            Err(error) => failed = error.into(),
+            Ok(Err(error)) => failed = error.into(),
+            Err(_) => failed = too_late(),
         }
     }
     Err(failed)

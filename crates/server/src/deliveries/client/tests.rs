@@ -2,7 +2,7 @@
 
 use axum::http::Method;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::mpsc;
 
 use super::*;
@@ -80,6 +80,24 @@ async fn loopback_is_refused_however_it_is_written() {
     let refused = client.send(post(&format!("http://127.0.0.1:{port}/"))).await;
     assert!(matches!(refused, Err(SendError::NotPublic)), "{refused:?}");
     assert!(requests.try_recv().is_err(), "nobody was connected to");
+}
+
+/// A listener whose queue is full says neither yes nor no.
+#[tokio::test]
+async fn an_address_that_is_silent_leaves_time_for_the_next_one() {
+    let full = TcpSocket::new_v4().unwrap();
+    full.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let full = full.listen(1).unwrap();
+    let silent = full.local_addr().unwrap();
+    let mut connected = Vec::new();
+    while let Ok(one_more) = timeout(Duration::from_millis(200), TcpStream::connect(silent)).await {
+        connected.push(one_more.unwrap());
+        assert!(connected.len() < 100, "the queue is never full");
+    }
+    let (address, _requests) = server(OK).await;
+    let stream = timeout(CONNECT, connect(&[silent, address])).await;
+    let stream = stream.expect("in time").unwrap();
+    assert_eq!(stream.peer_addr().unwrap(), address);
 }
 
 #[tokio::test]

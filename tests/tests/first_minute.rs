@@ -56,6 +56,7 @@ async fn paste(command: &str) -> (u16, Value) {
     let output = tokio::task::spawn_blocking(move || {
         Command::new("sh")
             .args(["-c", &script])
+            .env("no_proxy", "*")
             .stdin(Stdio::null())
             .output()
             .unwrap()

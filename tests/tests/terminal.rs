@@ -44,17 +44,21 @@ impl Shell {
         let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
         grantpt(&terminal).unwrap();
         unlockpt(&terminal).unwrap();
-        let path = ptsname(&terminal, Vec::new()).unwrap().into_string().unwrap();
-        let side = || File::options().read(true).write(true).open(&path).unwrap();
+        let device = ptsname(&terminal, Vec::new()).unwrap().into_string().unwrap();
+        let side = || File::options().read(true).write(true).open(&device).unwrap();
         let as_it_runs = command(Some(world.database.url()));
         let variables = as_it_runs.get_envs();
+        let mut path = program().parent().unwrap().as_os_str().to_owned();
+        path.push(":");
+        path.push(std::env::var_os("PATH").unwrap());
         let child = Command::new("setsid")
             .arg("--ctty")
             .args(program_and_arguments)
             .env_clear()
             .envs(variables.filter_map(|(name, value)| Some((name, value?))))
             .env("RUST_LOG", "warn")
-            .env("run", format!("{} run --name deploy", program().display()))
+            .env("PATH", path)
+            .env("run", "leasehold run --name deploy")
             .envs([("TERM", "dumb"), ("PS1", PROMPT), ("HISTFILE", "/dev/null")])
             .stdin(side())
             .stdout(side())

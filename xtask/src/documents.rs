@@ -23,7 +23,7 @@ impl Mode {
 
 /// The document of the HTTP interface, as the server prints it.
 pub(crate) fn openapi(server: &Path, mode: Mode) -> Result {
-    let made = steps::output(Command::new(server).arg("openapi").env_remove("DATABASE_URL"))?;
+    let made = steps::output(Command::new(server).arg("openapi").env_clear())?;
     settle("openapi/leasehold-v1.json", &made, "cargo xtask openapi", mode)
 }
 
@@ -31,8 +31,14 @@ pub(crate) fn openapi(server: &Path, mode: Mode) -> Result {
 pub(crate) fn schema(server: &Path, mode: Mode) -> Result {
     let cluster = Cluster::temporary().start()?;
     let url = cluster.url("postgres");
-    steps::run(Command::new(server).arg("migrate").env("DATABASE_URL", &url))?;
-    let made = steps::output(Command::new(server).arg("schema").env("DATABASE_URL", &url))?;
+    // Nobody's own settings.
+    let on_it = |word: &str| {
+        let mut command = Command::new(server);
+        command.arg(word).env_clear().env("DATABASE_URL", &url);
+        command
+    };
+    steps::run(&mut on_it("migrate"))?;
+    let made = steps::output(&mut on_it("schema"))?;
     settle("migrations/schema.txt", &made, "cargo xtask schema", mode)
 }
 

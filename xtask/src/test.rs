@@ -1,8 +1,10 @@
 //! `cargo xtask test`: every test, on one private Postgres for the whole run.
 
 use std::ffi::OsString;
+use std::num::NonZero;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
 
 use leasehold_embedded::{Binaries, Cluster};
 
@@ -43,7 +45,8 @@ pub(crate) fn on(binaries: &Binaries, server: &Path, selection: &[OsString]) -> 
             .env("LEASEHOLD_TEST_DATABASE_URL", cluster.url("postgres"))
             .env("LEASEHOLD_BIN", server)
             .env("PG_BIN", binaries.folder()) // for tests that start a server of their own
-            .env_remove("DATABASE_URL"); // nobody's real database, whatever the shell has set
+            .env_remove("DATABASE_URL") // nobody's real database, whatever the shell has set
+            .envs(["NEXTEST_TEST_THREADS", "RUST_TEST_THREADS"].map(|name| (name, threads(name))));
         steps::run(command)
     };
     let major = binaries.major();
@@ -65,6 +68,14 @@ pub(crate) fn on(binaries: &Binaries, server: &Path, selection: &[OsString]) -> 
         })?;
     }
     Ok(())
+}
+
+/// How many tests run at once: as many as there are processors, within what the server's connections are enough for.
+fn threads(variable: &str) -> OsString {
+    std::env::var_os(variable).unwrap_or_else(|| {
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
+        processors.min(16).to_string().into()
+    })
 }
 
 /// Cargo lets `--workspace` win over a package that is named beside it.

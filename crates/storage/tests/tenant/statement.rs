@@ -104,6 +104,8 @@ async fn a_gate_in_a_statement_is_asked_for_once() {
     let plan = plan.await;
     let (_, asked) = plan.split_once("InitPlan").expect(&plan);
     assert!(plan.contains("One-Time Filter"), "{plan}");
+    // From 18 on rows have decimals.
+    let asked = asked.replace("rows=1.00 ", "rows=1 ");
     assert!(asked.contains("rows=1 loops=1"), "{plan}");
     assert_eq!(bench.values("a").await, [1, 2, 3]);
 }

@@ -9,7 +9,7 @@ use diesel_async::AsyncPgConnection;
 use futures_util::FutureExt;
 use leasehold_domain::{DistributedLock, LockId, Released};
 use leasehold_embedded::Cluster;
-use leasehold_storage::{ConnectOptions, Database, TransactionError};
+use leasehold_storage::{ConnectOptions, Database, Prepared, TransactionError};
 use leasehold_system_tests::database::TestDatabase;
 use leasehold_system_tests::patience::{PATIENCE, eventually, in_time};
 use leasehold_system_tests::proxy::{Fault, Proxy};
@@ -190,8 +190,7 @@ async fn current_id(conn: &mut AsyncPgConnection) -> Result<i64, Failure> {
         id: i64,
     }
     let ask = diesel::sql_query("SELECT pg_current_xact_id()::text::bigint AS id");
-    // By path: the trait has a `load` for everything, atomic numbers included.
-    let row: Row = diesel_async::RunQueryDsl::get_result(ask, conn).await?;
+    let row: Row = Prepared(ask).one(conn).await?;
     Ok(row.id)
 }
 

@@ -162,7 +162,7 @@ fn unguarded(state: AppState, sent: Arc<Sent>) -> Router {
                     .bind::<Text, _>(&operation)
                     .bind::<Text, _>(&access.caller.subject)
                     .bind::<Bool, _>(false);
-                let Recorded { version } = Prepared(record).get_result(conn).await?;
+                let Recorded { version } = Prepared(record).one(conn).await?;
                 Ok(version)
             });
             let version = done.await.map_err(Problem::internal)?;

@@ -188,7 +188,7 @@ async fn authenticate<R: Needs>(
                 .bind::<Bytea, _>(&hash[..])
                 .bind::<Nullable<Text>, _>(asked)
                 .bind::<Bool, _>(state.settings().on_loopback);
-            Ok(Prepared(find).get_result(conn).await.optional()?)
+            Ok(Prepared(find).one(conn).await.optional()?)
         })
         .await?;
     let found = found.ok_or_else(Problem::unauthenticated)?;

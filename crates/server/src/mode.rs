@@ -12,7 +12,7 @@ use diesel_async::RunQueryDsl;
 use leasehold_domain::{
     AcquireError, DistributedLock, Holder, Invalid, LockGuard, LockMode, LockName, LockRequest,
 };
-use leasehold_storage::{Database, TransactionError};
+use leasehold_storage::{Database, Prepared, TransactionError};
 
 use crate::config::WorkspaceLockMode;
 
@@ -102,7 +102,7 @@ pub async fn agree(db: &Database, mode: WorkspaceLockMode) -> Result<(), ModeErr
             .execute(conn)
             .await?;
             let find = diesel::sql_query("SELECT value FROM leasehold.settings WHERE name = $1");
-            let Agreed { value } = find.bind::<Text, _>(SETTING).get_result(conn).await?;
+            let Agreed { value } = Prepared(find.bind::<Text, _>(SETTING)).one(conn).await?;
             Ok(value)
         })
         .await?;

@@ -8,14 +8,15 @@
 use std::fmt;
 use std::time::Duration;
 
+use diesel_async::AsyncPgConnection;
 use diesel_async::pooled_connection::PoolableConnection;
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use futures_util::{FutureExt, StreamExt};
 use tokio::time::{Instant, timeout_at};
 
 use crate::connect::ConnectOptions;
 use crate::error::StorageError;
 use crate::incarnation::{self, Incarnation, IncarnationRow};
+use crate::statement::Prepared;
 
 /// How long a caller waits for a connection before it is told that the database is not available.
 const CHECKOUT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -197,7 +198,7 @@ impl bb8::ManageConnection for Manager {
         // Unlike `try_from(client)` this closes the socket as soon as the connection is dropped.
         let mut conn = AsyncPgConnection::try_from_client_and_connection(client, driver).await?;
         let ask = diesel::sql_query(format!("SELECT {}", incarnation::COLUMN));
-        let row: IncarnationRow = ask.get_result(&mut conn).await?;
+        let row: IncarnationRow = Prepared(ask).one(&mut conn).await?;
         Ok(Pooled {
             conn,
             tainted: false,

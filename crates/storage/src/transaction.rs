@@ -2,9 +2,7 @@
 
 use diesel::sql_types::{BigInt, Nullable, Text, Uuid as SqlUuid};
 use diesel::{OptionalExtension, QueryableByName};
-use diesel_async::{
-    AnsiTransactionManager, AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection, TransactionManager,
-};
+use diesel_async::{AnsiTransactionManager, AsyncPgConnection, SimpleAsyncConnection, TransactionManager};
 use leasehold_domain::{ErrorClass, FencingToken, HoldControl, LockGuard, LockId, LockName, Unavailable};
 use std::sync::Arc;
 use std::time::Duration;
@@ -421,7 +419,7 @@ async fn send_fence(
     for key in &lease.keys {
         query = query.bind::<Text, _>(key);
     }
-    Ok(Prepared(query).get_result(conn).await.optional()?)
+    Ok(Prepared(query).one(conn).await.optional()?)
 }
 
 /// Opens a transaction on a connection that closes unless the transaction is ended.
@@ -592,11 +590,7 @@ async fn fate(pool: &Pool, transaction: &str, began_in: Option<Incarnation>) -> 
         let asked = pool
             .run(async |conn| {
                 let query = diesel::sql_query(&ask);
-                Ok::<FateRow, StorageError>(
-                    Prepared(query.bind::<Text, _>(transaction))
-                        .get_result(conn)
-                        .await?,
-                )
+                Ok::<FateRow, StorageError>(Prepared(query.bind::<Text, _>(transaction)).one(conn).await?)
             })
             .await;
         match asked

@@ -11,7 +11,7 @@ use diesel_async::{AsyncPgConnection, SimpleAsyncConnection};
 use futures_util::FutureExt;
 use leasehold_domain::{TenantConflict, TenantConflictReason};
 use leasehold_storage::tenant::{Drained, EnterError, GateError};
-use leasehold_storage::{Database, TenantGate, TransactionError};
+use leasehold_storage::{Database, Prepared, TenantGate, TransactionError};
 use rand::Rng;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -478,8 +478,7 @@ async fn the_previous_lock_timeout_is_restored() {
             #[diesel(sql_type = Text)]
             lock_timeout: String,
         }
-        let row: Row =
-            diesel_async::RunQueryDsl::get_result(diesel::sql_query("SHOW lock_timeout"), conn).await?;
+        let row: Row = Prepared(diesel::sql_query("SHOW lock_timeout")).one(conn).await?;
         Ok::<_, Failure>(row.lock_timeout)
     });
     assert_eq!(inside.await.unwrap().value, "7s");
@@ -538,7 +537,7 @@ async fn a_drain_that_says_nothing_is_ended_by_the_server() {
                 idle_in_transaction_session_timeout: String,
             }
             let show = diesel::sql_query("SHOW idle_in_transaction_session_timeout");
-            let row: Row = diesel_async::RunQueryDsl::get_result(show, conn).await?;
+            let row: Row = Prepared(show).one(conn).await?;
             told.send(row.idle_in_transaction_session_timeout).unwrap();
             std::future::pending::<Result<(), Failure>>().await
         });
@@ -614,7 +613,7 @@ async fn a_timeout_that_races_with_the_grant_is_told_as_it_went() {
                 #[diesel(sql_type = BigInt)]
                 count: i64,
             }
-            let row: Row = diesel_async::RunQueryDsl::get_result(diesel::sql_query(mine), conn).await?;
+            let row: Row = Prepared(diesel::sql_query(mine)).one(conn).await?;
             Ok::<_, Failure>(row.count)
         });
         match looked.await {
@@ -916,7 +915,7 @@ async fn a_write_and_a_drain_are_at_read_committed() {
             transaction_isolation: String,
         }
         let show = diesel::sql_query("SHOW transaction_isolation");
-        let row: Row = diesel_async::RunQueryDsl::get_result(show, conn).await?;
+        let row: Row = Prepared(show).one(conn).await?;
         Ok::<_, Failure>(row.transaction_isolation)
     };
     let gate = bench.gate();

@@ -7,11 +7,11 @@ use chrono::{DateTime, TimeDelta, Utc};
 use clap::{Args, Subcommand};
 use diesel::sql_types::Timestamptz;
 use diesel::{QueryResult, QueryableByName};
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::AsyncPgConnection;
 use leasehold_domain::{FencingToken, HeldLock, HolderSession, LockId, LockMode, LockName};
 use leasehold_http::Timestamp;
 use leasehold_storage::advisory::AdvisoryKey;
-use leasehold_storage::{Database, HeldView, LockBackend};
+use leasehold_storage::{Database, HeldView, LockBackend, Prepared};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -397,7 +397,7 @@ struct Clock {
 async fn table(db: &Database, items: &[Item]) -> Result<String, Failed> {
     let clock = async |conn: &mut AsyncPgConnection| -> QueryResult<Clock> {
         let ask = diesel::sql_query("SELECT clock_timestamp() AS now");
-        ask.get_result(conn).await
+        Prepared(ask).one(conn).await
     };
     let Clock { now } = db.read(clock).await?;
     let mut lines = vec![COLUMNS.map(str::to_owned)];

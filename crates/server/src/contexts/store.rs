@@ -162,7 +162,7 @@ async fn write(
         .bind::<Jsonb, _>(Value::Object(new.condition.clone()))
         .bind::<Jsonb, _>(Value::Object(new.overrides()))
         .bind::<BigInt, _>(new.priority);
-    let row: WrittenRow = Prepared(query).get_result(conn).await?;
+    let row: WrittenRow = Prepared(query).one(conn).await?;
     Ok(row.into())
 }
 

@@ -68,7 +68,7 @@ pub(crate) async fn get(
         .bind::<Text, _>(id.tenant)
         .bind::<Text, _>(id.name)
         .bind::<Text, _>(key);
-    let row: Option<EntryRow> = Prepared(get).get_result(conn).await.optional()?;
+    let row: Option<EntryRow> = Prepared(get).one(conn).await.optional()?;
     Ok(row.map(Entry::from))
 }
 

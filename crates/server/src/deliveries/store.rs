@@ -93,7 +93,7 @@ pub(super) async fn receiver(
     let find = diesel::sql_query(RECEIVER)
         .bind::<SqlUuid, _>(webhook)
         .bind::<Text, _>(tenant);
-    Prepared(find).get_result(conn).await.optional()
+    Prepared(find).one(conn).await.optional()
 }
 
 const DISABLE: &str = "

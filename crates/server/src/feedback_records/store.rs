@@ -132,7 +132,7 @@ pub(crate) async fn create(
         .bind::<Nullable<Text>, _>(&new.user_id)
         .bind::<Nullable<Text>, _>(&new.field_id)
         .bind::<Jsonb, _>(&new.value);
-    match Prepared(create).get_result(conn).await {
+    match Prepared(create).one(conn).await {
         Ok(CreatedRow {
             value: Some(value),
             created_at: Some(made),
@@ -193,7 +193,7 @@ pub(crate) async fn get(
     let get = diesel::sql_query(GET)
         .bind::<SqlUuid, _>(id)
         .bind::<Nullable<Text>, _>(tenant);
-    let row: Option<FeedbackRow> = Prepared(get).get_result(conn).await.optional()?;
+    let row: Option<FeedbackRow> = Prepared(get).one(conn).await.optional()?;
     Ok(row.map(FeedbackRecord::from))
 }
 
@@ -215,7 +215,7 @@ pub(crate) async fn tenant(
     let find = diesel::sql_query(TENANT)
         .bind::<SqlUuid, _>(id)
         .bind::<Nullable<Text>, _>(only);
-    let row: Option<TenantRow> = Prepared(find).get_result(conn).await.optional()?;
+    let row: Option<TenantRow> = Prepared(find).one(conn).await.optional()?;
     Ok(row.map(|row| row.tenant_id))
 }
 
@@ -245,7 +245,7 @@ pub(crate) async fn patch(
         .bind::<Nullable<Text>, _>(patch.field_id.clone().flatten())
         .bind::<Bool, _>(patch.value.is_some())
         .bind::<Nullable<Jsonb>, _>(&patch.value);
-    let row: Option<FeedbackRow> = Prepared(update).get_result(conn).await.optional()?;
+    let row: Option<FeedbackRow> = Prepared(update).one(conn).await.optional()?;
     Ok(row.map(FeedbackRecord::from))
 }
 
@@ -259,7 +259,7 @@ pub(crate) async fn delete(conn: &mut AsyncPgConnection, id: Uuid, tenants: &[St
     let delete = diesel::sql_query(DELETE)
         .bind::<SqlUuid, _>(id)
         .bind::<Array<Text>, _>(tenants);
-    let row: Option<FeedbackRow> = Prepared(delete).get_result(conn).await.optional()?;
+    let row: Option<FeedbackRow> = Prepared(delete).one(conn).await.optional()?;
     Ok(row.is_some())
 }
 

@@ -50,7 +50,7 @@ pub(super) async fn take(conn: &mut AsyncPgConnection, credential: Uuid, key: &s
     let take = diesel::sql_query(TAKE)
         .bind::<SqlUuid, _>(credential)
         .bind::<Text, _>(key);
-    let row: Free = Prepared(take).get_result(conn).await?;
+    let row: Free = Prepared(take).one(conn).await?;
     Ok(row.free)
 }
 
@@ -87,7 +87,7 @@ pub(super) async fn find(
         .bind::<SqlUuid, _>(credential)
         .bind::<Text, _>(key)
         .bind::<Bytea, _>(fingerprint);
-    let row: FoundRow = Prepared(find).get_result(conn).await?;
+    let row: FoundRow = Prepared(find).one(conn).await?;
     Ok(match row {
         FoundRow {
             same: Some(true),

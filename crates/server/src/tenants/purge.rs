@@ -115,7 +115,7 @@ async fn delete_all(conn: &mut AsyncPgConnection, tenant: &str) -> QueryResult<D
     let contexts = delete(conn, delete_from!("contexts"), tenant).await?;
     let default_config = delete(conn, delete_from!("default_config"), tenant).await?;
     let workspaces = diesel::sql_query(DELETE_WORKSPACES).bind::<Text, _>(tenant);
-    let workspaces: Workspaces = Prepared(workspaces).get_result(conn).await?;
+    let workspaces: Workspaces = Prepared(workspaces).one(conn).await?;
     let deleted = Deleted {
         versions,
         contexts,
@@ -149,6 +149,6 @@ struct Workspaces {
 
 async fn delete(conn: &mut AsyncPgConnection, sql: &'static str, tenant: &str) -> QueryResult<i64> {
     let delete = diesel::sql_query(sql).bind::<Text, _>(tenant);
-    let row: Count = Prepared(delete).get_result(conn).await?;
+    let row: Count = Prepared(delete).one(conn).await?;
     Ok(row.deleted)
 }

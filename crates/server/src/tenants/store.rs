@@ -41,7 +41,7 @@ pub(crate) async fn create(conn: &mut AsyncPgConnection, new: &NewTenant) -> Que
     let create = diesel::sql_query(CREATE)
         .bind::<Text, _>(new.id.as_str())
         .bind::<Nullable<Text>, _>(&new.name);
-    let row: Option<TenantRow> = Prepared(create).get_result(conn).await.optional()?;
+    let row: Option<TenantRow> = Prepared(create).one(conn).await.optional()?;
     Ok(row.map(Tenant::from))
 }
 
@@ -68,7 +68,7 @@ const GET: &str = "SELECT id, name, created_at, seq FROM tenants WHERE id = $1";
 /// One tenant.
 pub(crate) async fn get(conn: &mut AsyncPgConnection, id: &str) -> QueryResult<Option<Tenant>> {
     let get = diesel::sql_query(GET).bind::<Text, _>(id);
-    let row: Option<TenantRow> = Prepared(get).get_result(conn).await.optional()?;
+    let row: Option<TenantRow> = Prepared(get).one(conn).await.optional()?;
     Ok(row.map(Tenant::from))
 }
 

@@ -71,7 +71,7 @@ pub(crate) async fn record(
         .bind::<Text, _>(entry.operation)
         .bind::<Text, _>(entry.author)
         .bind::<Bool, _>(entry.raises_token);
-    let row: Option<Recorded> = Prepared(record).get_result(conn).await.optional()?;
+    let row: Option<Recorded> = Prepared(record).one(conn).await.optional()?;
     Ok(row.map(|row| row.version))
 }
 
@@ -97,7 +97,7 @@ pub(crate) async fn current(
     let get = diesel::sql_query(CURRENT)
         .bind::<Text, _>(id.tenant)
         .bind::<Text, _>(id.name);
-    let row: Option<Current> = Prepared(get).get_result(conn).await.optional()?;
+    let row: Option<Current> = Prepared(get).one(conn).await.optional()?;
     Ok(row.map(|row| (row.version, row.snapshot)))
 }
 
@@ -168,7 +168,7 @@ pub(crate) async fn get(
         .bind::<Text, _>(id.tenant)
         .bind::<Text, _>(id.name)
         .bind::<BigInt, _>(version);
-    let row: Option<WholeRow> = Prepared(get).get_result(conn).await.optional()?;
+    let row: Option<WholeRow> = Prepared(get).one(conn).await.optional()?;
     Ok(row.map(|row| (row.version.into(), row.snapshot)))
 }
 
@@ -217,7 +217,7 @@ pub(crate) async fn restore(
         .bind::<Text, _>(id.tenant)
         .bind::<Text, _>(id.name)
         .bind::<BigInt, _>(version);
-    let Cleared { found } = Prepared(clear).get_result(conn).await?;
+    let Cleared { found } = Prepared(clear).one(conn).await?;
     if found {
         // A statement of its own: one statement cannot delete a row and insert it again.
         let refill = diesel::sql_query(REFILL)

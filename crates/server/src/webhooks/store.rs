@@ -89,7 +89,7 @@ pub(crate) async fn create(
         .bind::<Bool, _>(new.enabled)
         .bind::<Text, _>(secret.as_str())
         .bind::<BigInt, _>(MOST_OF_A_TENANT);
-    match Prepared(create).get_result::<WebhookRow>(conn).await.optional() {
+    match Prepared(create).one::<WebhookRow>(conn).await.optional() {
         Ok(Some(row)) => Ok(Made::Done(Box::new(row.into()))),
         Ok(None) => Ok(Made::TooMany),
         Err(Error::DatabaseError(DatabaseErrorKind::ForeignKeyViolation, _)) => Ok(Made::NoSuchTenant),
@@ -132,7 +132,7 @@ pub(crate) async fn get(
     let get = diesel::sql_query(GET)
         .bind::<SqlUuid, _>(id)
         .bind::<Nullable<Text>, _>(tenant);
-    let row: Option<WebhookRow> = Prepared(get).get_result(conn).await.optional()?;
+    let row: Option<WebhookRow> = Prepared(get).one(conn).await.optional()?;
     Ok(row.map(Webhook::from))
 }
 
@@ -153,7 +153,7 @@ pub(crate) async fn tenant(
     let find = diesel::sql_query(TENANT)
         .bind::<SqlUuid, _>(id)
         .bind::<Nullable<Text>, _>(only);
-    let row: Option<TenantRow> = Prepared(find).get_result(conn).await.optional()?;
+    let row: Option<TenantRow> = Prepared(find).one(conn).await.optional()?;
     Ok(row.map(|row| row.tenant_id))
 }
 
@@ -189,7 +189,7 @@ pub(crate) async fn patch(
         .bind::<Nullable<Text>, _>(patch.tenant_id.as_ref().map(Slug::as_str))
         .bind::<Nullable<Text>, _>(&patch.url)
         .bind::<Nullable<Bool>, _>(patch.enabled);
-    match Prepared(update).get_result::<WebhookRow>(conn).await.optional() {
+    match Prepared(update).one::<WebhookRow>(conn).await.optional() {
         Ok(Some(row)) => Ok(Patched::Done(row.into())),
         Ok(None) => Ok(Patched::Gone),
         Err(Error::DatabaseError(DatabaseErrorKind::ForeignKeyViolation, _)) => Ok(Patched::NoSuchTenant),

@@ -128,7 +128,7 @@ pub(crate) async fn create(
         .bind::<Text, _>(tenant)
         .bind::<Text, _>(new.name.as_str())
         .bind::<Nullable<Text>, _>(&new.description);
-    match Prepared(create).get_result::<WorkspaceRow>(conn).await.optional() {
+    match Prepared(create).one::<WorkspaceRow>(conn).await.optional() {
         Ok(Some(row)) => Ok(Created::Done(Box::new(row.into()))),
         Ok(None) => Ok(Created::NameTaken),
         // It was there when the caller was let in.
@@ -168,7 +168,7 @@ pub(crate) async fn get(conn: &mut AsyncPgConnection, id: WorkspaceId<'_>) -> Qu
     let get = diesel::sql_query(GET)
         .bind::<Text, _>(id.tenant)
         .bind::<Text, _>(id.name);
-    let row: Option<WorkspaceRow> = Prepared(get).get_result(conn).await.optional()?;
+    let row: Option<WorkspaceRow> = Prepared(get).one(conn).await.optional()?;
     Ok(row.map(Workspace::from))
 }
 
@@ -183,7 +183,7 @@ pub(crate) async fn version(conn: &mut AsyncPgConnection, id: WorkspaceId<'_>) -
     let get = diesel::sql_query("SELECT version FROM workspaces WHERE tenant_id = $1 AND name = $2")
         .bind::<Text, _>(id.tenant)
         .bind::<Text, _>(id.name);
-    let row: Option<VersionRow> = Prepared(get).get_result(conn).await.optional()?;
+    let row: Option<VersionRow> = Prepared(get).one(conn).await.optional()?;
     Ok(row.map(|row| row.version))
 }
 
@@ -210,7 +210,7 @@ pub(crate) async fn patch(
         .bind::<Text, _>(id.tenant)
         .bind::<Text, _>(id.name)
         .bind::<Nullable<Text>, _>(description);
-    let row: Option<WorkspaceRow> = Prepared(update).get_result(conn).await.optional()?;
+    let row: Option<WorkspaceRow> = Prepared(update).one(conn).await.optional()?;
     Ok(row.map(Workspace::from))
 }
 
@@ -246,6 +246,6 @@ pub(crate) async fn delete(
         .bind::<Text, _>(id.tenant)
         .bind::<Text, _>(id.name)
         .bind::<Nullable<SqlUuid>, _>(lock_id);
-    let row: Deleted = Prepared(delete).get_result(conn).await?;
+    let row: Deleted = Prepared(delete).one(conn).await?;
     Ok(row.deleted == 1)
 }

@@ -31,6 +31,22 @@ async fn events(api: &Api, tenant: &str) -> Vec<String> {
         .collect()
 }
 
+/// Its row is there before the commit, and it is one statement.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_fails_at_its_commit_was_not_made() {
+    let api = start().await;
+    let too_late = "CREATE FUNCTION too_late() RETURNS trigger LANGUAGE plpgsql
+                        AS $$ BEGIN RAISE EXCEPTION 'not committed'; END $$;
+                    CREATE CONSTRAINT TRIGGER too_late AFTER INSERT ON feedback_records
+                        DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION too_late()";
+    api.client().await.batch_execute(too_late).await.unwrap();
+    let new = json!({"tenant_id": "acme", "value": 5});
+    let refused = api.post(RECORDS, new).await;
+    assert!(refused.status >= 500, "{}", refused.status);
+    let records = api.get(&format!("{RECORDS}?tenant_id=acme")).await.is(200);
+    assert_eq!(records["items"], json!([]));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn made_read_changed_deleted() {
     let api = start().await;

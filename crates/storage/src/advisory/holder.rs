@@ -3,7 +3,6 @@
 use chrono::{DateTime, Utc};
 use diesel::sql_types::{BigInt, Integer, Jsonb, Nullable, SmallInt, Text, Timestamptz, Uuid as SqlUuid};
 use diesel::{OptionalExtension, QueryableByName};
-use diesel_async::RunQueryDsl;
 use leasehold_domain::{HeldLock, Holder, HolderSession, LockId, LockMode, LockName};
 use serde_json::Value;
 use tokio::time::Instant;
@@ -63,7 +62,7 @@ pub(crate) async fn find(
                 .bind::<BigInt, _>(bits)
                 .bind::<SmallInt, _>(space)
                 .bind::<Text, _>(name.encoded());
-            Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?)
+            Ok::<_, StorageError>(Prepared(query).one(conn).await.optional()?)
         })
         .await?;
     Ok(row.map(|row| row.into_held(name)))

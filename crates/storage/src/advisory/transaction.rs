@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use diesel::QueryableByName;
 use diesel::sql_types::{BigInt, Bool, Integer, Nullable, Text, Timestamptz};
-use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection};
+use diesel_async::{AsyncPgConnection, SimpleAsyncConnection};
 use futures_util::FutureExt;
 use leasehold_domain::{
     AcquireError, Contention, DistributedLock, ExtendError, GuardParts, HeldLock, Invalid, LockGuard, LockId,
@@ -199,7 +199,7 @@ async fn try_lock(
         .bind::<BigInt, _>(key)
         .bind::<Text, _>(format!("{millis}ms"))
         .bind::<Nullable<BigInt>, _>(gate);
-    Ok(Prepared(query).get_result(conn).await?)
+    Ok(Prepared(query).one(conn).await?)
 }
 
 impl PgTransactionLock {
@@ -375,7 +375,7 @@ impl PgTransactionLock {
                     .bind::<Nullable<Text>, _>(holder.as_ref().map(|holder| holder.operation.clone()))
                     .bind::<Nullable<Text>, _>(holder.as_ref().map(|holder| holder.owner.clone()))
                     .bind::<Nullable<Timestamptz>, _>(held.acquired_at);
-                let row: EndedRow = Prepared(query).get_result(conn).await?;
+                let row: EndedRow = Prepared(query).one(conn).await?;
                 Ok::<_, StorageError>(row.ended)
             })
             .await?;

@@ -381,7 +381,7 @@ pub(crate) async fn claim(
         .bind::<Bool, _>(claim.asked)
         .bind::<Text, _>(holder)
         .bind::<Double, _>(seconds(lease));
-    let ask = async |conn: &mut AsyncPgConnection| match Prepared(query).get_result(conn).await.optional() {
+    let ask = async |conn: &mut AsyncPgConnection| match Prepared(query).one(conn).await.optional() {
         Ok(row) => Ok(row),
         Err(error) => Err(StorageError::of_connection(conn, error).await),
     };
@@ -402,7 +402,7 @@ pub(crate) async fn settle(
         .bind::<Text, _>(outcome.as_str())
         .bind::<Nullable<Text>, _>(error.map(kept));
     let row: Accepted = pool
-        .ask(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await?))
+        .ask(async |conn| Ok::<_, StorageError>(Prepared(query).one(conn).await?))
         .await?;
     Ok(row.accepted)
 }
@@ -429,7 +429,7 @@ pub(crate) async fn ask(conn: &mut AsyncPgConnection, name: &str, id: Uuid) -> Q
     let query = diesel::sql_query(ASK)
         .bind::<Text, _>(name)
         .bind::<SqlUuid, _>(id);
-    let row: Option<AskRow> = Prepared(query).get_result(conn).await.optional()?;
+    let row: Option<AskRow> = Prepared(query).one(conn).await.optional()?;
     Ok(match row {
         None => RunNow::NotFound,
         Some(AskRow { paused: true, .. }) => RunNow::Paused,
@@ -450,7 +450,7 @@ pub(crate) async fn resume(conn: &mut AsyncPgConnection, name: &str) -> QueryRes
 
 async fn change(conn: &mut AsyncPgConnection, sql: &'static str, name: &str) -> QueryResult<bool> {
     let query = diesel::sql_query(sql).bind::<Text, _>(name);
-    let row: Option<Named> = Prepared(query).get_result(conn).await.optional()?;
+    let row: Option<Named> = Prepared(query).one(conn).await.optional()?;
     Ok(row.is_some())
 }
 

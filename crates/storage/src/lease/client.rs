@@ -10,7 +10,6 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use diesel::QueryableByName;
 use diesel::sql_types::{BigInt, Bool, Double, Nullable, Text, Timestamptz, Uuid as SqlUuid};
-use diesel_async::RunQueryDsl;
 use leasehold_domain::{
     AcquireError, ExtendError, FencingToken, LockGuard, LockId, LockName, ReleaseError, Released, Ttl,
     Unavailable,
@@ -210,7 +209,7 @@ impl ClientLeases {
         let row: LeaseRow = self
             .process
             .pool
-            .ask(async |conn| Ok::<_, StorageError>(Prepared(find).get_result(conn).await?))
+            .ask(async |conn| Ok::<_, StorageError>(Prepared(find).one(conn).await?))
             .await?;
         Ok(match row.lease(chosen) {
             Some(lease) => Chosen::Held(lease),
@@ -256,7 +255,7 @@ impl ClientLeases {
         let row: LeaseRow = self
             .process
             .pool
-            .ask(async |conn| match Prepared(hand_over).get_result(conn).await {
+            .ask(async |conn| match Prepared(hand_over).one(conn).await {
                 Ok(row) => Ok(row),
                 Err(error) => Err(StorageError::of_connection(conn, error).await),
             })
@@ -302,7 +301,7 @@ impl ClientLeases {
         let row: LeaseRow = self
             .process
             .pool
-            .ask(async |conn| Ok::<_, StorageError>(Prepared(extend).get_result(conn).await?))
+            .ask(async |conn| Ok::<_, StorageError>(Prepared(extend).one(conn).await?))
             .await?;
         row.lease(lock_id).ok_or(if row.told {
             ExtendError::MaxHoldReached
@@ -326,7 +325,7 @@ impl ClientLeases {
         let row: ReleaseRow = self
             .process
             .pool
-            .ask(async |conn| Ok::<_, StorageError>(Prepared(release).get_result(conn).await?))
+            .ask(async |conn| Ok::<_, StorageError>(Prepared(release).one(conn).await?))
             .await?;
         if !row.live {
             return Ok(Released::AlreadyGone);
@@ -355,7 +354,7 @@ impl ClientLeases {
             .process
             .pool
             .ask_until(Instant::now() + SWEEP, async |conn| {
-                Ok::<_, StorageError>(Prepared(forget).get_result(conn).await?)
+                Ok::<_, StorageError>(Prepared(forget).one(conn).await?)
             })
             .await?;
         Ok(u64::try_from(row.forgotten).unwrap_or(0))

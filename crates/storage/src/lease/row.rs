@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use diesel::sql_types::{BigInt, Bool, Double, Jsonb, Nullable, Text, Timestamptz, Uuid as SqlUuid};
 use diesel::{OptionalExtension, QueryableByName};
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::AsyncPgConnection;
 use futures_util::FutureExt;
 use leasehold_domain::{
     AcquireError, Contention, DistributedLock, Durability, ExtendError, FencingToken, GuardParts, HeldLock,
@@ -226,7 +226,7 @@ impl RowLease {
                     .bind::<Jsonb, _>(Value::Object(holder.metadata.clone()))
                     .bind::<BigInt, _>(first_row_key(request.name()));
             }
-            let ask = async |conn: &mut AsyncPgConnection| match Prepared(query).get_result(conn).await {
+            let ask = async |conn: &mut AsyncPgConnection| match Prepared(query).one(conn).await {
                 Ok(row) => Ok::<AcquireRow, StorageError>(row),
                 Err(error) => Err(StorageError::of_connection(conn, error).await),
             };
@@ -316,7 +316,7 @@ impl RowLease {
         }
         self.process
             .pool
-            .ask(async |conn| Ok(Prepared(query).get_result(conn).await.optional()?))
+            .ask(async |conn| Ok(Prepared(query).one(conn).await.optional()?))
             .await
     }
 
@@ -335,7 +335,7 @@ impl RowLease {
         let row: Option<ReleaseRow> = self
             .process
             .pool
-            .ask(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
+            .ask(async |conn| Ok::<_, StorageError>(Prepared(query).one(conn).await.optional()?))
             .await?;
         Ok(match row {
             Some(ReleaseRow { live: true }) => Released::Held,
@@ -374,7 +374,7 @@ impl RowLease {
         let row: Option<HolderRow> = self
             .process
             .pool
-            .ask(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
+            .ask(async |conn| Ok::<_, StorageError>(Prepared(query).one(conn).await.optional()?))
             .await?;
         let ended = row.map(|row| row.into_held(name));
         if let Some(lock_id) = ended.as_ref().and_then(|held| held.lock_id) {
@@ -405,7 +405,7 @@ impl RowLease {
             .process
             .pool
             .ask_until(Instant::now() + SWEEP, async |conn| {
-                Ok::<_, StorageError>(Prepared(query).get_result(conn).await?)
+                Ok::<_, StorageError>(Prepared(query).one(conn).await?)
             })
             .await?;
         Ok(u64::try_from(row.removed).unwrap_or(0))
@@ -615,7 +615,7 @@ impl DistributedLock for RowLease {
             let row: Option<HolderRow> = self
                 .process
                 .pool
-                .ask(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await.optional()?))
+                .ask(async |conn| Ok::<_, StorageError>(Prepared(query).one(conn).await.optional()?))
                 .await?;
             Ok(row.map(|row| row.into_held(name)))
         }

@@ -128,7 +128,7 @@ impl PgWorkQueue {
         let row: NextDue = self
             .ask(async |conn| {
                 let query = diesel::sql_query(statements::NEXT_DUE).bind::<Array<Text>, _>(kinds);
-                Prepared(query).get_result(conn).await
+                Prepared(query).one(conn).await
             })
             .await?;
         Ok(row
@@ -170,9 +170,7 @@ impl PgWorkQueue {
                 .bind::<Array<BigInt>, _>(delays)
                 .bind::<Array<Nullable<Text>>, _>(errors)
                 .bind::<Bool, _>(uncounted);
-            let row: Settled = self
-                .ask(async |conn| Prepared(query).get_result(conn).await)
-                .await?;
+            let row: Settled = self.ask(async |conn| Prepared(query).one(conn).await).await?;
             outcomes.extend(row.outcomes(&keys));
         }
         Ok(outcomes)
@@ -207,14 +205,14 @@ async fn complete(conn: &mut AsyncPgConnection, claims: &[ClaimKey]) -> QueryRes
     let query = diesel::sql_query(statements::COMPLETE)
         .bind::<Array<BigInt>, _>(ids)
         .bind::<Array<SqlUuid>, _>(tokens);
-    Prepared(query).get_result(conn).await
+    Prepared(query).one(conn).await
 }
 
 async fn redrive(conn: &mut AsyncPgConnection, tenant: &str, letters: &[i64]) -> QueryResult<Redriven> {
     let query = diesel::sql_query(statements::REDRIVE)
         .bind::<Array<BigInt>, _>(letters)
         .bind::<Text, _>(tenant);
-    Prepared(query).get_result(conn).await
+    Prepared(query).one(conn).await
 }
 
 /// A claim on its way back, with an error that replaces the last one.
@@ -541,9 +539,7 @@ impl WorkQueue for PgWorkQueue {
                 .bind::<Array<BigInt>, _>(ids)
                 .bind::<Array<SqlUuid>, _>(tokens)
                 .bind::<BigInt, _>(micros(lease));
-            let row: Settled = self
-                .ask(async |conn| Prepared(query).get_result(conn).await)
-                .await?;
+            let row: Settled = self.ask(async |conn| Prepared(query).one(conn).await).await?;
             outcomes.extend(row.outcomes(chunk));
         }
         Ok(outcomes)
@@ -584,9 +580,7 @@ impl WorkQueue for PgWorkQueue {
                 .bind::<Array<BigInt>, _>(ids)
                 .bind::<Array<SqlUuid>, _>(tokens)
                 .bind::<Array<Text>, _>(errors);
-            let row: Settled = self
-                .ask(async |conn| Prepared(query).get_result(conn).await)
-                .await?;
+            let row: Settled = self.ask(async |conn| Prepared(query).one(conn).await).await?;
             outcomes.extend(row.outcomes(&keys));
         }
         Ok(outcomes)

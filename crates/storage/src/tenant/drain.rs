@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use diesel::QueryableByName;
 use diesel::sql_types::{Integer, Nullable, Text};
-use diesel_async::{AsyncPgConnection, RunQueryDsl};
+use diesel_async::AsyncPgConnection;
 use leasehold_domain::{Invalid, TenantConflict, TenantConflictReason};
 use tokio::time::Instant;
 
@@ -79,7 +79,7 @@ impl TenantGate {
             .bind::<Integer, _>(millis);
         // The server keeps the time, unless it is one that gives no answer at all.
         let bound = timeout + ANSWER;
-        let answer = tokio::time::timeout(bound, Prepared(drain).get_result(checkout.conn()));
+        let answer = tokio::time::timeout(bound, Prepared(drain).one(checkout.conn()));
         let Outcome { outcome, transaction } = answer
             .await
             .map_err(|_| StorageError::NoAnswer(bound))?

@@ -7,7 +7,7 @@ use diesel::QueryableByName;
 use diesel::expression::{AsExpression, SqlLiteral, UncheckedBind};
 use diesel::pg::sql_types::Array;
 use diesel::sql_types::{BigInt, Bool, Nullable, Text};
-use diesel_async::{AnsiTransactionManager, AsyncPgConnection, RunQueryDsl, TransactionManager};
+use diesel_async::{AnsiTransactionManager, AsyncPgConnection, TransactionManager};
 use leasehold_domain::{Invalid, TenantConflict, TenantConflictReason};
 use tokio::time::{Instant, timeout};
 
@@ -171,7 +171,7 @@ impl TenantGate {
         let open = self.process.pool.ask_until(until, async |conn| {
             let ask = diesel::sql_query("SELECT pg_try_advisory_xact_lock_shared($1) AS open")
                 .bind::<BigInt, _>(key);
-            let row: Open = Prepared(ask).get_result(conn).await?;
+            let row: Open = Prepared(ask).one(conn).await?;
             Ok::<_, StorageError>(row.open)
         });
         matches!(open.await, Ok(false)).then(|| refused_at(tenant))
@@ -261,7 +261,7 @@ impl Gates {
             ENTER
         };
         let enter = diesel::sql_query(statement).bind::<Array<BigInt>, _>(keys);
-        let entered: Entered = Prepared(enter).get_result(conn).await?;
+        let entered: Entered = Prepared(enter).one(conn).await?;
         if entered.isolation != "read committed" {
             let reason = format!(
                 "is {}, where a gate protects nothing: use read committed",

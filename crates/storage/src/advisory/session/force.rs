@@ -308,7 +308,7 @@ impl PgSessionLock {
         let row: AskedRow = self
             .process
             .pool
-            .ask(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await?))
+            .ask(async |conn| Ok::<_, StorageError>(Prepared(query).one(conn).await?))
             .await?;
         tracing::debug!(
             asked = row.asked,
@@ -342,7 +342,7 @@ impl PgSessionLock {
                 let _: AskedRow = self
                     .process
                     .pool
-                    .ask(async |conn| Ok::<_, StorageError>(Prepared(query).get_result(conn).await?))
+                    .ask(async |conn| Ok::<_, StorageError>(Prepared(query).one(conn).await?))
                     .await?;
             }
             sleep(LOOK).await;

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
 use tokio_postgres::{Client, Config, Connection, SimpleQueryMessage, SimpleQueryRow, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
@@ -55,7 +55,8 @@ impl ConnectOptions {
     ///
     /// `tls` of `None` means the default: none over a Unix socket and to loopback addresses, else encrypted with
     /// the certificate and the host name verified. A timeout or keepalive in the string wins over the defaults
-    /// of this crate; note that tokio-postgres reads `tcp_user_timeout` in seconds.
+    /// of this crate; note that tokio-postgres reads `tcp_user_timeout` in seconds. Of several hosts the first one is
+    /// taken that lets this user write.
     ///
     /// # Errors
     /// [`ConnectOptionsError`] when the string is malformed or no root certificate can be loaded.
@@ -77,6 +78,11 @@ impl ConnectOptions {
         }
         if config.get_keepalives_retries().is_none() {
             config.keepalives_retries(KEEPALIVE_RETRIES);
+        }
+        // A standby, or a server that lets nobody write for a while, may be met at every connection. What was locked there
+        // would exclude nobody, and a session keeps what it began with.
+        if config.get_target_session_attrs() == TargetSessionAttrs::Any {
+            config.target_session_attrs(TargetSessionAttrs::ReadWrite);
         }
         if config.get_application_name().is_none() {
             config.application_name("leasehold");
@@ -106,6 +112,12 @@ impl ConnectOptions {
     /// The name that sessions show in `pg_stat_activity`.
     pub fn application_name(&self) -> &str {
         self.config.get_application_name().unwrap_or("leasehold")
+    }
+
+    /// The same options, for whatever server is there.
+    pub(crate) fn also_read_only(mut self) -> Self {
+        self.config.target_session_attrs(TargetSessionAttrs::Any);
+        self
     }
 
     /// Opens a connection and prepares its session. The driver must be polled for the client to work, which this

@@ -45,11 +45,14 @@ pub enum StartupError {
     #[error("the database did not answer within {0:?}")]
     TimedOut(Duration),
     /// The server is a standby, where locks exclude nobody on the primary.
-    #[error(
-        "the server is in recovery (a standby): point the connection string at the primary, for several hosts \
-         with target_session_attrs=read-write"
-    )]
+    #[error("the server is in recovery (a standby): point the connection string at the primary")]
     InRecovery,
+    /// Nobody may write, or this user may not.
+    #[error(
+        "the database lets this user read only: see default_transaction_read_only of the server, the database and the \
+         role, and whether the server's disk is full"
+    )]
+    ReadOnly,
     /// The server is too old to notice that a waiting client is gone.
     #[error("the server is PostgreSQL {0}: version {OLDEST} or later is needed")]
     TooOld(String),
@@ -97,18 +100,17 @@ pub(crate) async fn check(options: &ConnectOptions, pool_size: u32) -> Result<Fi
 
 async fn look(options: &ConnectOptions, pool_size: u32) -> Result<Findings, StartupError> {
     let connect = || async {
-        options
-            .open_spawned()
-            .await
-            .map_err(|error| StartupError::Connect(error.into()))
+        match options.open_spawned().await {
+            Ok(client) => Ok(client),
+            Err(error) => Err(read_only(options)
+                .await
+                .unwrap_or_else(|| StartupError::Connect(error.into()))),
+        }
     };
     let first = connect().await?;
     let version = scalar(&first, "SHOW server_version").await?;
     if major(&version).is_some_and(|major| major < OLDEST) {
         return Err(StartupError::TooOld(version));
-    }
-    if scalar(&first, "SELECT pg_is_in_recovery()").await? == "t" {
-        return Err(StartupError::InRecovery);
     }
     let pooled = is_pooled(&first, &connect().await?).await?;
     let settings = Settings::read(&first, pooled).await?;
@@ -133,6 +135,17 @@ async fn look(options: &ConnectOptions, pool_size: u32) -> Result<Findings, Star
         pooled,
         warnings,
         lock_budget: settings.lock_budget(),
+    })
+}
+
+/// Why no server lets us write, where one lets us in.
+async fn read_only(options: &ConnectOptions) -> Option<StartupError> {
+    let client = options.clone().also_read_only().open_spawned().await.ok()?;
+    let recovers = scalar(&client, "SELECT pg_is_in_recovery()").await.ok()?;
+    Some(if recovers == "t" {
+        StartupError::InRecovery
+    } else {
+        StartupError::ReadOnly
     })
 }
 

@@ -1,13 +1,14 @@
 //! The checks at the start: each thing that is wrong is refused or warned about, and nothing else is.
 
+use leasehold_domain::{AcquireError, DistributedLock, Holder, LockName, LockRequest};
 use leasehold_embedded::{Cluster, Durability};
 use leasehold_storage::migrate::Migrations;
 use leasehold_storage::{ConnectOptions, Database, Findings, StartupError};
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::support::TestDatabase;
 use crate::support::pooler::{self, Next, Pooler};
+use crate::support::{PATIENCE, TestDatabase, eventually};
 
 const POOL: u32 = 4;
 
@@ -218,6 +219,53 @@ async fn a_transaction_pooler_is_detected() {
     assert_eq!(left, 0, "the check leaves no lock in the pooler's sessions");
 }
 
+/// As providers set a database whose disk is full. A session keeps what was set when it began.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_was_read_only_for_a_while_is_used_again() {
+    let database = TestDatabase::create().await;
+    let client = database.client().await;
+    let process = Database::connect(database.options(), POOL).await.unwrap();
+    let name = LockName::new(["startup", "a"]).unwrap();
+    let request = LockRequest::new(name, Holder::new("alice", "edit"));
+    let (leases, sessions) = (process.leases(), process.session_locks());
+    let end = "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity
+               WHERE datname = current_database() AND pid <> pg_backend_pid()";
+    set(&database, "default_transaction_read_only = on").await;
+    client.execute(end, &[]).await.unwrap();
+    let refused = start(database.options()).await.unwrap_err();
+    assert!(matches!(refused, StartupError::ReadOnly), "{refused:?}");
+    let all = (0..POOL).map(|_| leases.try_acquire(&request));
+    let (all, session) = tokio::join!(
+        futures_util::future::join_all(all),
+        sessions.try_acquire(&request)
+    );
+    assert!(
+        all.iter().all(Result::is_err) && session.is_err(),
+        "{all:?} {session:?}"
+    );
+    // Its own session may still write.
+    let back = format!(
+        "ALTER DATABASE {} RESET default_transaction_read_only",
+        database.name()
+    );
+    client.batch_execute(&back).await.unwrap();
+    eventually("there is a lease again", async || {
+        leases.try_acquire(&request).await.is_ok()
+    })
+    .await;
+    // On every connection that may have been made meanwhile.
+    let all = (0..20).map(async |_| {
+        let guard = leases.acquire(&request, PATIENCE).await?;
+        leases.release(guard).await.ok();
+        Ok::<_, AcquireError>(())
+    });
+    for done in futures_util::future::join_all(all).await {
+        done.unwrap();
+    }
+    let session = sessions.acquire(&request, PATIENCE).await.unwrap();
+    assert!(!session.is_lost());
+}
+
 #[tokio::test]
 async fn a_standby_is_refused() {
     let folder = std::env::temp_dir().join(format!("leasehold-standby-{}", uuid::Uuid::new_v4().simple()));
@@ -267,16 +315,20 @@ async fn version_13(mut client: TcpStream) -> std::io::Result<()> {
     let greeting = [pooler::message(b'R', &0_u32.to_be_bytes()), ready.clone()].concat();
     client.write_all(&greeting).await?;
     while let Some((_, query)) = pooler::read(&mut client).await? {
+        let shown = [
+            (&b"SHOW server_version"[..], &b"\0\x01\0\0\0\x0513.23"[..]),
+            (b"SHOW transaction_read_only", b"\0\x01\0\0\0\x03off"),
+        ];
         let answer = if query.starts_with(b"SET client_connection_check_interval") {
             pooler::message(b'E', b"SERROR\0C42704\0Munrecognized configuration parameter\0\0")
-        } else if query.starts_with(b"SHOW server_version") {
+        } else if let Some((_, row)) = shown.iter().find(|(show, _)| query.starts_with(show)) {
             [
                 // One column of type text (25).
                 pooler::message(
                     b'T',
-                    b"\0\x01server_version\0\0\0\0\0\0\0\0\0\0\x19\xff\xff\xff\xff\xff\xff\0\0",
+                    b"\0\x01setting\0\0\0\0\0\0\0\0\0\0\x19\xff\xff\xff\xff\xff\xff\0\0",
                 ),
-                pooler::message(b'D', b"\0\x01\0\0\0\x0513.23"),
+                pooler::message(b'D', row),
                 pooler::message(b'C', b"SHOW\0"),
             ]
             .concat()

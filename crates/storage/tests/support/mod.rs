@@ -14,7 +14,7 @@ pub(crate) mod measured;
 pub(crate) mod pooler;
 
 /// How long a state may take to come. Only a fault takes so long.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// An empty database with the tables of the library. It stays until its cluster goes.
 #[derive(Debug)]

@@ -253,6 +253,37 @@ async fn a_service_goes_on_when_nobody_takes_its_log() {
     }
 }
 
+/// Statements name the service's tables without their schema, and Postgres looks into one of the role's name first.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tables_are_those_in_public() {
+    let database = TestDatabase::create_empty().await;
+    let client = database.client().await;
+    client
+        .batch_execute("CREATE SCHEMA AUTHORIZATION CURRENT_USER")
+        .await
+        .unwrap();
+    let world = World::of(Service::on(&database), database, "lease").await;
+    world.api.send(put_key("a", 1)).await.expect(200);
+    drop(world.service);
+
+    let row = client
+        .query_one("SELECT current_database()::text", &[])
+        .await
+        .unwrap();
+    let name: &str = row.get(0);
+    let elsewhere = format!("CREATE SCHEMA shop; ALTER DATABASE {name} SET search_path = shop");
+    client.batch_execute(&elsewhere).await.unwrap();
+    let Err((status, log)) = Service::on(&world.database).try_start().await else {
+        panic!("it started")
+    };
+    assert!(!status.success());
+    let said = log.join("\n");
+    assert!(
+        said.contains("search_path is \"shop\"") && said.contains("public"),
+        "{said}"
+    );
+}
+
 /// Without `--migrate` nothing is changed, and what to do is said.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_schema_that_is_not_current_is_refused() {

@@ -75,7 +75,7 @@ impl World {
         (world, proxy)
     }
 
-    async fn of(service: ServiceBuilder, database: TestDatabase, mode: &'static str) -> Self {
+    pub(crate) async fn of(service: ServiceBuilder, database: TestDatabase, mode: &'static str) -> Self {
         let service = service.start().await;
         let key = {
             let database = database.clone();

@@ -6,6 +6,7 @@ use leasehold_storage::migrate::{MigrationSet, Migrations};
 /// The tables of the reference API, in the schema `public`.
 const SERVER: MigrationSet = embed_migrations!(
     "server",
+    schema: "public",
     works_since: "2026-11-21-000101",
     "../../../migrations/server",
     [

@@ -41,6 +41,7 @@ CREATE TABLE leasehold.migrations (
 /// The tables of this crate, in the schema `leasehold`.
 pub(crate) const STORAGE: MigrationSet = embed_migrations!(
     "storage",
+    schema: "leasehold",
     works_since: "2026-11-21-000001",
     "../../../migrations/storage",
     [
@@ -78,6 +79,9 @@ impl Migration {
 pub struct MigrationSet {
     /// Whose they are; each component has its own records.
     pub component: &'static str,
+    /// Where names without a schema lead to, whatever the `search_path` of the role is: to a schema that is named like
+    /// the role, else.
+    pub schema: &'static str,
     /// The oldest version of the schema that a program may have been built for and still work after all these
     /// steps. It is what lets an old and a new version of a service run side by side during a deployment: raise
     /// it to the version of a step that takes something away.
@@ -93,6 +97,7 @@ pub struct MigrationSet {
 /// ```ignore
 /// const SERVER: MigrationSet = leasehold_storage::embed_migrations!(
 ///     "server",
+///     schema: "public",
 ///     works_since: "2026-11-21-000001",
 ///     "../../../migrations/server",
 ///     ["2026-11-21-000001_workspaces", "2026-12-02-000001_contexts"]
@@ -100,9 +105,13 @@ pub struct MigrationSet {
 /// ```
 #[macro_export]
 macro_rules! embed_migrations {
-    ($component:literal, works_since: $since:literal, $folder:literal, [$($name:literal),+ $(,)?]) => {
+    (
+        $component:literal, schema: $schema:literal, works_since: $since:literal, $folder:literal,
+        [$($name:literal),+ $(,)?]
+    ) => {
         $crate::migrate::MigrationSet {
             component: $component,
+            schema: $schema,
             works_since: $since,
             steps: &[$($crate::migrate::Migration {
                 name: $name,
@@ -287,8 +296,10 @@ fn script(set: &MigrationSet, step: &Migration, first: bool) -> String {
     let end = if sql.ends_with(';') { "" } else { "\n;" };
     let [component, version, name] = [set.component, step.version(), step.name].map(literal);
     let [setting, since] = [&works_since(set.component), set.works_since].map(literal);
+    let schema = literal(set.schema);
     format!(
-        "{records}{sql}{end}\n\
+        "SET LOCAL search_path = {schema};\n\
+         {records}{sql}{end}\n\
          INSERT INTO leasehold.migrations (component, version, name) VALUES ({component}, {version}, {name});\n\
          INSERT INTO leasehold.settings AS s (name, value) VALUES ({setting}, {since})\n    \
          ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE s.value < excluded.value COLLATE \"C\";\n"

@@ -18,18 +18,21 @@ const OWNERS: Migration = Migration {
 /// A component of somebody else. Its first version is one that the library's own steps have as well.
 const OLD: MigrationSet = MigrationSet {
     component: "plans",
+    schema: "public",
     works_since: "2026-11-21-000001",
     steps: &[PLANS],
 };
 /// A later version of it, which the old one still works with.
 const ADDED: MigrationSet = MigrationSet {
     component: "plans",
+    schema: "public",
     works_since: "2026-11-21-000001",
     steps: &[PLANS, OWNERS],
 };
 /// The same, but the old one does not.
 const BREAKING: MigrationSet = MigrationSet {
     component: "plans",
+    schema: "public",
     works_since: "2027-01-05-000001",
     steps: &[PLANS, OWNERS],
 };

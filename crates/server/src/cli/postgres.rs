@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use diesel::QueryableByName;
+use diesel::sql_types::{Bool, Text};
+use diesel_async::AsyncPgConnection;
 use leasehold_embedded::Cluster;
 use leasehold_storage::migrate::Status;
-use leasehold_storage::{ConnectOptions, Database};
+use leasehold_storage::{ConnectOptions, Database, Prepared};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::cli::Failed;
@@ -79,7 +82,35 @@ impl Postgres {
 
 /// Connects for a command that does little and ends.
 pub(crate) async fn connect_briefly(options: &ConnectOptions) -> Result<Database, Failed> {
-    Ok(Database::connect(options.clone(), 2).await?)
+    connect(options, 2).await
+}
+
+/// Connects to a database in which the names of our tables lead to our tables.
+pub(crate) async fn connect(options: &ConnectOptions, pool_size: u32) -> Result<Database, Failed> {
+    let db = Database::connect(options.clone(), pool_size).await?;
+    let find = async |conn: &mut AsyncPgConnection| Prepared(diesel::sql_query(FIND)).one(conn).await;
+    let Found { is_ours, search_path } = db.read(find).await?;
+    if is_ours {
+        return Ok(db);
+    }
+    Err(format!(
+        "names without a schema do not lead to the tables of the service, which are in the schema public: the search_path \
+         is {search_path:?}; ALTER ROLE … IN DATABASE … SET search_path = public changes it"
+    )
+    .into())
+}
+
+/// Statements name the tables without their schema.
+const FIND: &str = "\
+SELECT to_regclass('workspaces') IS NOT DISTINCT FROM to_regclass('public.workspaces') AS is_ours,
+       current_setting('search_path') AS search_path";
+
+#[derive(QueryableByName)]
+struct Found {
+    #[diesel(sql_type = Bool)]
+    is_ours: bool,
+    #[diesel(sql_type = Text)]
+    search_path: String,
 }
 
 /// What to say of a schema that lacks something.

@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::cli::postgres::{Postgres, not_current};
+use crate::cli::postgres::{Postgres, connect, not_current};
 use crate::cli::{Failed, print};
 use crate::config::{ServeConfig, WorkspaceLockMode};
 use crate::deliveries::Deliveries;
@@ -60,11 +60,7 @@ async fn serve(config: &ServeConfig, postgres: &Postgres) -> Result<(), Failed> 
     let address = listener.local_addr()?;
 
     prepare_schema(config, postgres).await?;
-    let db = Database::connect(
-        postgres.options.clone(),
-        u32::try_from(config.database_pool_size)?,
-    )
-    .await?;
+    let db = connect(&postgres.options, u32::try_from(config.database_pool_size)?).await?;
     let served = serve_on(config, postgres, &db, listener, address, &stop).await;
     db.shutdown(SHUTDOWN).await;
     served

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::time::Duration;
 
 use axum::extract::{FromRequestParts, RawPathParams};
 use axum::http::request::Parts;
@@ -19,6 +20,7 @@ use leasehold_storage::Prepared;
 use rand::Rng;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::state::AppState;
@@ -174,6 +176,9 @@ const FIND: &str = "
       AND (c.expires_at IS NULL OR c.expires_at > clock_timestamp())
       AND (NOT c.only_on_loopback OR $3)";
 
+/// How long the database may take to tell whose a key is: then the caller can try again.
+const ANSWER: Duration = Duration::from_secs(5);
+
 async fn authenticate<R: Needs>(
     state: &AppState,
     token: &BearerToken,
@@ -182,16 +187,15 @@ async fn authenticate<R: Needs>(
     let hash = hash(token.secret());
     // Postgres has no text with NUL, and so no tenant.
     let asked = tenant.filter(|tenant| !tenant.contains('\0'));
-    let found: Option<Found> = state
-        .read(async |conn| {
-            let find = diesel::sql_query(FIND)
-                .bind::<Bytea, _>(&hash[..])
-                .bind::<Nullable<Text>, _>(asked)
-                .bind::<Bool, _>(state.settings().on_loopback);
-            Ok(Prepared(find).one(conn).await.optional()?)
-        })
-        .await?;
-    let found = found.ok_or_else(Problem::unauthenticated)?;
+    let found = state.read(async |conn| {
+        let find = diesel::sql_query(FIND)
+            .bind::<Bytea, _>(&hash[..])
+            .bind::<Nullable<Text>, _>(asked)
+            .bind::<Bool, _>(state.settings().on_loopback);
+        Ok(Prepared(find).one(conn).await.optional()?)
+    });
+    let found: Result<Option<Found>, Problem> = timeout(ANSWER, found).await.map_err(Problem::unavailable)?;
+    let found = found?.ok_or_else(Problem::unauthenticated)?;
     let role =
         Role::parse(&found.role).ok_or_else(|| Problem::internal(format!("no such role: {}", found.role)))?;
     if role < R::ROLE {

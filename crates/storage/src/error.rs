@@ -16,6 +16,9 @@ pub(crate) enum StorageError {
     /// The pool had no connection to give in time.
     #[error("no database connection became free in time")]
     NoConnection,
+    /// A connection in the pool was not open any more.
+    #[error("a database connection had ended while nobody used it")]
+    Ended,
     /// A connection could not be made.
     #[error("cannot connect to the database")]
     Connect(#[from] diesel::ConnectionError),
@@ -69,7 +72,11 @@ impl StorageError {
         match self {
             Self::Disconnected(_) | Self::NoAnswer(_) => true,
             Self::Driver(error) => error.as_db_error().is_none(),
-            Self::NoConnection | Self::Connect(_) | Self::ConnectTimedOut(_) | Self::Refused(_) => false,
+            Self::NoConnection
+            | Self::Ended
+            | Self::Connect(_)
+            | Self::ConnectTimedOut(_)
+            | Self::Refused(_) => false,
         }
     }
 

@@ -208,7 +208,7 @@ impl bb8::ManageConnection for Manager {
 
     async fn is_valid(&self, pooled: &mut Pooled) -> Result<(), StorageError> {
         if self.has_broken(pooled) {
-            Err(StorageError::NoConnection)
+            Err(StorageError::Ended)
         } else {
             Ok(())
         }
@@ -228,10 +228,11 @@ struct LogErrors;
 
 impl bb8::ErrorSink<StorageError> for LogErrors {
     fn sink(&self, error: StorageError) {
-        tracing::warn!(
-            error = crate::error::chain(&error),
-            "cannot connect to the database"
-        );
+        let told = crate::error::chain(&error);
+        match error {
+            StorageError::Ended => tracing::debug!(error = told, "another connection is made"),
+            _ => tracing::warn!(error = told, "cannot connect to the database"),
+        }
     }
 
     fn boxed_clone(&self) -> Box<dyn bb8::ErrorSink<StorageError>> {

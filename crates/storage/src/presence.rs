@@ -23,8 +23,10 @@ use crate::waits::{Wait, Waits};
 const TELL: Duration = Duration::from_millis(250);
 /// A hold is told once it is this old: most never are.
 const WORTH_TELLING: Duration = Duration::from_millis(250);
-/// A server that says nothing for so long is asked again on another connection.
+/// A server that says nothing for so long is asked again on another connection. Nor is it tried again less often.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How many times in a row telling fails before somebody should know.
+const REPORT: u32 = 3;
 /// How often what was told is confirmed; readers ignore what was not for 10 seconds.
 const CONFIRM_AFTER: Duration = Duration::from_secs(3);
 
@@ -97,6 +99,7 @@ pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, process_id: Uuid, 
         let mut teller = None::<Teller>;
         // What was told on a connection that broke stands there until it is taken back on another.
         let mut stale = false;
+        let mut failures = 0_u32;
         let mut tick = tokio::time::interval(TELL);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -119,10 +122,17 @@ pub(crate) fn start(keeper: &Keeper, options: ConnectOptions, process_id: Uuid, 
             stale = match told.unwrap_or(Err(StorageError::NoAnswer(ANSWER))) {
                 Ok(open) => {
                     teller = Some(open);
+                    failures = 0;
                     false
                 }
                 Err(error) => {
-                    tracing::debug!(error = chain(&error), "holds and waits were not told");
+                    failures += 1;
+                    tick.reset_after((TELL * (1 << failures.min(5))).min(ANSWER));
+                    if failures == REPORT {
+                        tracing::warn!(error = chain(&error), "nobody else is told of holds and waits");
+                    } else {
+                        tracing::debug!(error = chain(&error), "holds and waits were not told");
+                    }
                     true
                 }
             };

@@ -102,6 +102,25 @@ async fn a_locked_table_does_not_stop_the_heartbeat_of_another() {
     assert!(!other.is_lost());
 }
 
+/// By hand, to pin it. What cannot be read of one lease must not end the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_end_that_is_none_does_not_stop_the_heartbeat_of_others() {
+    let bench = Bench::start().await;
+    let leases = bench.process.leases();
+    let ttl = Duration::from_secs(3);
+    let pinned = leases.try_acquire(&named("pinned").with_ttl(ttl)).await.unwrap();
+    let pin = "UPDATE leasehold.leases SET expires_at = 'infinity'";
+    bench.client.execute(pin, &[]).await.unwrap();
+    eventually("nobody says how long it is held", async || pinned.is_lost()).await;
+    let other = leases.try_acquire(&named("other").with_ttl(ttl)).await.unwrap();
+    let granted = other.expires_at().unwrap();
+    eventually("two slices have passed", async || {
+        other.expires_at().unwrap() > granted + ttl * 2 || other.is_lost()
+    })
+    .await;
+    assert!(!other.is_lost());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn key_columns_may_have_any_names() {
     let bench = Bench::start().await;

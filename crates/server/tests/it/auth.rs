@@ -1,5 +1,7 @@
 //! Who may do what, and who may see whom.
 
+use std::time::Duration;
+
 use axum::http::Method;
 use leasehold_server::Settings;
 use leasehold_server::auth::{NewCredential, Role};
@@ -42,6 +44,19 @@ async fn without_a_valid_key_nothing_is_told() {
             assert_eq!(api.get(open).await.status, 200, "{open}");
         }
     }
+}
+
+/// Whatever the request may then wait for.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_waits_for_long_to_be_let_in() {
+    let api = start().await;
+    let client = api.client().await;
+    let lock = "BEGIN; LOCK TABLE credentials IN ACCESS EXCLUSIVE MODE";
+    client.batch_execute(lock).await.unwrap();
+    let asked = tokio::time::timeout(Duration::from_secs(60), api.get(MAIN)).await;
+    asked.expect("an answer").problem(503, "unavailable");
+    client.batch_execute("ROLLBACK").await.unwrap();
+    api.get(MAIN).await.is(200);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -185,6 +185,8 @@ async fn renewals<'a>(
     options: &ConnectOptions,
     connection: &'a mut Option<Renewals>,
 ) -> Result<&'a mut Renewals, StorageError> {
+    // The server may have ended it between two beats.
+    drop(connection.take_if(|open| open.client.is_closed()));
     match connection {
         Some(open) => Ok(open),
         None => {
@@ -238,7 +240,9 @@ async fn renew(
     let answers: HashMap<Uuid, Answer> = rows
         .iter()
         .map(|row| {
-            let (until, live) = (row.get("expires_at"), row.get("live"));
+            // Somebody may have set it to an end that is none, 'infinity'.
+            let until = row.try_get("expires_at").unwrap_or_default();
+            let live = row.get("live");
             (row.get("lock_id"), Answer { until, live })
         })
         .collect();

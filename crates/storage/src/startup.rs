@@ -196,6 +196,15 @@ fn major(version: &str) -> Option<u32> {
     version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
+/// Like settings, where there are any that count. Who may do everything has none.
+const CONNECTION_LIMITS: &str = "\
+SELECT 'rolconnlimit', rolconnlimit::text FROM pg_roles
+WHERE rolname = session_user AND rolconnlimit >= 0 AND NOT rolsuper
+UNION ALL
+SELECT 'datconnlimit', datconnlimit::text FROM pg_database
+WHERE datname = current_database() AND datconnlimit >= 0
+  AND NOT (SELECT rolsuper FROM pg_roles WHERE rolname = session_user)";
+
 /// Server settings by name, times in milliseconds.
 struct Settings(BTreeMap<String, String>);
 
@@ -204,7 +213,8 @@ impl Settings {
         // What a session was given when it began, before it set anything itself: behind a pooler a statement may
         // run in any session.
         let value = if pooled { "reset_val" } else { "setting" };
-        let rows = simple_rows(client, &format!("SELECT name, {value} FROM pg_settings")).await?;
+        let ask = format!("SELECT name, {value} FROM pg_settings UNION ALL {CONNECTION_LIMITS}");
+        let rows = simple_rows(client, &ask).await?;
         let pairs = rows
             .into_iter()
             .filter_map(|row| <[String; 2]>::try_from(row).ok());
@@ -294,11 +304,24 @@ impl Settings {
         let reserved = self.number("superuser_reserved_connections") + self.number("reserved_connections");
         let available = self.number("max_connections").saturating_sub(reserved);
         let needed = pool_size.saturating_add(BESIDES_THE_POOL);
-        if needed > available {
-            warnings.push(format!(
-                "this process may open {needed} connections, {pool_size} of them for its pool, but the server lets \
-                 in {available} in all: make the pool smaller or raise max_connections"
-            ));
+        let limits = [
+            ("max_connections", Some(available)),
+            (
+                "the CONNECTION LIMIT of the role",
+                self.text("rolconnlimit").parse().ok(),
+            ),
+            (
+                "the CONNECTION LIMIT of the database",
+                self.text("datconnlimit").parse().ok(),
+            ),
+        ];
+        for (limit, available) in limits {
+            if let Some(available) = available.filter(|available| needed > *available) {
+                warnings.push(format!(
+                    "this process may open {needed} connections, {pool_size} of them for its pool, but {limit} lets in \
+                     {available} in all: make the pool smaller or raise it"
+                ));
+            }
         }
         warnings
     }

@@ -117,6 +117,18 @@ async fn a_pool_that_the_server_has_no_room_for_is_warned_about() {
 }
 
 #[tokio::test]
+async fn a_pool_beyond_the_limit_of_its_role_is_warned_about() {
+    let database = TestDatabase::create().await;
+    let role = format!("role_{}", uuid::Uuid::new_v4().simple());
+    let create = format!("CREATE ROLE {role} LOGIN CONNECTION LIMIT 5; GRANT pg_read_all_data TO {role}");
+    database.client().await.batch_execute(&create).await.unwrap();
+    let url = database.url().replace("user=postgres", &format!("user={role}"));
+    let findings = start(ConnectOptions::parse(&url, None).unwrap()).await.unwrap();
+    let warned = |text: &&String| text.contains("the CONNECTION LIMIT of the role lets in 5");
+    assert_eq!(findings.warnings.iter().filter(warned).count(), 1, "{findings:?}");
+}
+
+#[tokio::test]
 async fn a_schema_that_is_not_current_is_warned_about() {
     let database = TestDatabase::create_empty().await;
     let warnings = warnings(&database).await;

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::cli::postgres::{Postgres, connect, not_current};
-use crate::cli::{Failed, print};
+use crate::cli::{Failed, in_one_line, print};
 use crate::config::{ServeConfig, WorkspaceLockMode};
 use crate::deliveries::Deliveries;
 use crate::state::{AppState, Settings};
@@ -219,7 +219,10 @@ async fn stay_alive(
                 Ok(Some(guard)) => break guard,
                 Ok(None) => return,
                 Err(error) => {
-                    tracing::warn!(%error, "the others cannot be told that this instance lives; trying again");
+                    tracing::warn!(
+                        error = in_one_line(&error),
+                        "the others cannot be told that this instance lives; trying again"
+                    );
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }
             }
@@ -239,11 +242,17 @@ async fn remove_unused_leases(db: Database, retention: Duration) {
         period.tick().await;
         match db.leases().remove_unused(retention).await {
             Ok(removed) => tracing::debug!(removed, "rows of unused lock names were removed"),
-            Err(error) => tracing::warn!(%error, "rows of unused lock names could not be removed"),
+            Err(error) => tracing::warn!(
+                error = in_one_line(&error),
+                "rows of unused lock names could not be removed"
+            ),
         }
         match db.client_leases().forget(LOCK_IDS_KEPT).await {
             Ok(forgotten) => tracing::debug!(forgotten, "lock ids of clients were forgotten"),
-            Err(error) => tracing::warn!(%error, "lock ids of clients could not be forgotten"),
+            Err(error) => tracing::warn!(
+                error = in_one_line(&error),
+                "lock ids of clients could not be forgotten"
+            ),
         }
     }
 }

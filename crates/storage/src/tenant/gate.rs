@@ -133,6 +133,9 @@ impl TenantGate {
     /// A statement reads what was there when it began, and takes the gate afterwards. So this is for inserts alone, and
     /// only for those that read nothing a drain may remove: everything else enters first, by [`TenantGate::write`].
     ///
+    /// Outside of a transaction a row that the statement returns is sent before its commit. Ask by
+    /// [`Prepared::one`](crate::Prepared::one), `load` or `execute`, which wait for the end, and not by `get_result`.
+    ///
     /// # Errors
     /// [`Invalid`] when no tenant can be called so.
     pub fn gate(tenant: &str) -> Result<Gate, Invalid> {

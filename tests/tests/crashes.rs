@@ -4,7 +4,7 @@ use std::fs::File;
 use std::time::{Duration, Instant};
 
 use leasehold_system_tests::database::TestDatabase;
-use leasehold_system_tests::http::{Api, get};
+use leasehold_system_tests::http::get;
 use leasehold_system_tests::patience::{eventually, in_time};
 use leasehold_system_tests::service::{Service, ServiceBuilder};
 use rustix::process::Signal;
@@ -186,19 +186,20 @@ async fn several_start_at_once_on_an_empty_database(mode: &'static str) {
     late.api("").send(get("/healthz")).await.expect(200);
 }
 
+/// What a service says that does not start.
+async fn refusal(service: ServiceBuilder) -> String {
+    let Err((status, log)) = service.try_start().await else {
+        panic!("it started")
+    };
+    assert!(!status.success());
+    log.join("\n")
+}
+
 /// The first service decides what a workspace lock is.
 #[tokio::test(flavor = "multi_thread")]
 async fn instances_of_different_lock_modes_do_not_mix() {
     let world = World::start("lease").await;
-    let other = Service::on(&world.database)
-        .set("WORKSPACE_LOCK_MODE", "advisory")
-        .try_start()
-        .await;
-    let Err((status, log)) = other else {
-        panic!("it started")
-    };
-    assert!(!status.success());
-    let said = log.join("\n");
+    let said = refusal(Service::on(&world.database).set("WORKSPACE_LOCK_MODE", "advisory")).await;
     assert!(
         said.contains("WORKSPACE_LOCK_MODE") && said.contains("leasehold migrate"),
         "{said}"
@@ -223,31 +224,20 @@ async fn a_service_has_more_clients_than_files_were_allowed_at_first() {
 /// As when the disk of the log is full, or whoever read it has gone: a line is lost, and nothing else.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_service_goes_on_when_nobody_takes_its_log() {
-    let world = World::start("lease").await;
     let nobody = File::options().write(true).open("/dev/full").unwrap();
-    let service = Service::on(&world.database).log_to(nobody).start().await;
-    let api = Api {
-        address: service.address(),
-        ..world.api.clone()
-    };
-    drop(world.service);
-    let client = &world.client;
+    let world = World::start_with("lease", |service| service.log_to(nobody)).await;
     let keeps = async || -> i64 {
         let sql = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
                    WHERE datname = current_database() AND locktype = 'advisory' AND mode = 'ShareLock'";
-        client.query_one(sql, &[]).await.unwrap().get(0)
+        world.client.query_one(sql, &[]).await.unwrap().get(0)
     };
-    eventually("only one instance is there", async || keeps().await == 1).await;
-    let end = "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity
-               WHERE datname = current_database() AND pid <> pg_backend_pid()";
+    eventually("it keeps its lock", async || keeps().await == 1).await;
     for round in 0..3 {
-        let ended: i64 = client.query_one(end, &[]).await.unwrap().get(0);
-        assert!(ended > 0);
+        world.end_sessions().await;
         eventually("it keeps its lock again", async || keeps().await == 1).await;
         eventually("it writes", async || {
-            api.try_send(put_key("a", round))
-                .await
-                .is_some_and(|answer| answer.status == 200)
+            let written = world.api.try_send(put_key("a", round)).await;
+            written.is_some_and(|answer| answer.status == 200)
         })
         .await;
     }
@@ -273,11 +263,7 @@ async fn the_tables_are_those_in_public() {
     let name: &str = row.get(0);
     let elsewhere = format!("CREATE SCHEMA shop; ALTER DATABASE {name} SET search_path = shop");
     client.batch_execute(&elsewhere).await.unwrap();
-    let Err((status, log)) = Service::on(&world.database).try_start().await else {
-        panic!("it started")
-    };
-    assert!(!status.success());
-    let said = log.join("\n");
+    let said = refusal(Service::on(&world.database)).await;
     assert!(
         said.contains("search_path is \"shop\"") && said.contains("public"),
         "{said}"
@@ -288,11 +274,7 @@ async fn the_tables_are_those_in_public() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_schema_that_is_not_current_is_refused() {
     let database = TestDatabase::create_empty().await;
-    let Err((status, log)) = Service::without_migrating(&database).try_start().await else {
-        panic!("it started")
-    };
-    assert!(!status.success());
-    let said = log.join("\n");
+    let said = refusal(Service::without_migrating(&database)).await;
     assert!(
         said.contains("leasehold migrate") && said.contains("--migrate"),
         "{said}"

@@ -219,9 +219,7 @@ async fn a_run_goes_on_when_nobody_takes_what_it_says() {
     let mut child = ran.stdin(Stdio::piped()).stderr(nobody).spawn().unwrap();
     let until = async || world.api.send(get(LOCK)).await.json()["expires_at"].clone();
     eventually("it has the lock", async || until().await.is_string()).await;
-    let end = "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity
-               WHERE datname = current_database() AND pid <> pg_backend_pid()";
-    world.client.execute(end, &[]).await.unwrap();
+    world.end_sessions().await;
     for _ in 0..3 {
         let before = until().await;
         eventually("it renews the lock", async || until().await != before).await;

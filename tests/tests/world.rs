@@ -94,6 +94,14 @@ impl World {
         }
     }
 
+    /// Ends every session of the server but our own, and waits until they have ended.
+    pub(crate) async fn end_sessions(&self) {
+        let end = "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity
+                   WHERE datname = current_database() AND pid <> pg_backend_pid()";
+        let ended: i64 = self.client.query_one(end, &[]).await.unwrap().get(0);
+        assert!(ended > 0);
+    }
+
     /// From here on writes make no events. What becomes of these goes over the same wire, whenever it is its turn.
     async fn tell_nobody(&self) {
         let hush = "CREATE FUNCTION hush() RETURNS TRIGGER LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';

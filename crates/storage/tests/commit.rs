@@ -12,6 +12,12 @@ use tokio_postgres::Client;
 
 use crate::support::TestDatabase;
 
+async fn start() -> (Database, Client) {
+    let database = TestDatabase::create().await;
+    let process = Database::connect(database.options(), 4).await.unwrap();
+    (process, database.client().await)
+}
+
 /// From here on nothing that changes this table can be committed.
 async fn fail_at_commit(client: &Client, table: &str) {
     let sql = format!(
@@ -29,9 +35,7 @@ fn request(parts: [&str; 2]) -> LockRequest {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lease_whose_commit_fails_is_not_held() {
-    let database = TestDatabase::create().await;
-    let client = database.client().await;
-    let process = Database::connect(database.options(), 4).await.unwrap();
+    let (process, client) = start().await;
     let leases = process.leases();
     let (released, handed) = (request(["leases", "released"]), request(["leases", "handed"]));
     let released = leases.try_acquire(&released).await.unwrap();
@@ -50,15 +54,13 @@ async fn a_lease_whose_commit_fails_is_not_held() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lease_in_a_row_whose_commit_fails_is_not_held() {
-    let database = TestDatabase::create().await;
-    let client = database.client().await;
+    let (process, client) = start().await;
     let table = "CREATE TABLE plans (name TEXT PRIMARY KEY, lock_id UUID, lock_operation TEXT, lock_by TEXT,
                      lock_acquired_at TIMESTAMPTZ, lock_expires_at TIMESTAMPTZ,
                      lock_fencing_token BIGINT NOT NULL DEFAULT 0);
                  INSERT INTO plans VALUES ('a')";
     client.batch_execute(table).await.unwrap();
     fail_at_commit(&client, "plans").await;
-    let process = Database::connect(database.options(), 4).await.unwrap();
     let table = RowLeaseTable::new("public", "plans", "plan")
         .key_column("name")
         .columns(LeaseColumns::prefixed("lock_"))
@@ -73,9 +75,7 @@ async fn a_lease_in_a_row_whose_commit_fails_is_not_held() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn work_whose_commit_fails_is_not_there() {
-    let database = TestDatabase::create().await;
-    let client = database.client().await;
-    let process = Database::connect(database.options(), 4).await.unwrap();
+    let (process, client) = start().await;
     let queue = process.work_queue();
     let work = |id: &str| NewWork::new(Scope::new("acme", "reindex", "plan", id));
     queue.enqueue(&work("1")).await.unwrap();

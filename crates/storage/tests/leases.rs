@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use leasehold_domain::{AcquireError, DistributedLock, Holder, LockName, LockRequest, Released, ResumeError};
+use leasehold_domain::{
+    AcquireError, DistributedLock, Holder, LockGuard, LockName, LockRequest, Released, ResumeError,
+};
 use leasehold_storage::advisory::AdvisoryKey;
 use leasehold_storage::{Database, LeaseColumns, RowLease, RowLeaseTable};
 use tokio_postgres::Client;
@@ -55,6 +57,16 @@ fn plan() -> LockRequest {
     LockRequest::new(name, Holder::new("alice", "edit"))
 }
 
+/// Waits until a guard is held for so much longer than was granted.
+async fn outlives(guard: &LockGuard, more: Duration) {
+    let granted = guard.expires_at().unwrap();
+    eventually("its slices have passed", async || {
+        guard.expires_at().unwrap() > granted + more || guard.is_lost()
+    })
+    .await;
+    assert!(!guard.is_lost());
+}
+
 /// Postgres has no interval for the longest duration there is, and all renewals are one statement.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_endless_hold_is_renewed_like_the_others() {
@@ -64,12 +76,7 @@ async fn an_endless_hold_is_renewed_like_the_others() {
     let endless = named("endless").with_ttl(ttl).with_max_hold(Duration::MAX);
     let endless = lock.try_acquire(&endless).await.unwrap();
     let other = lock.try_acquire(&named("other").with_ttl(ttl)).await.unwrap();
-    let granted = other.expires_at().unwrap();
-    eventually("four slices have passed", async || {
-        other.expires_at().unwrap() > granted + ttl * 4 || other.is_lost()
-    })
-    .await;
-    assert!(!other.is_lost());
+    outlives(&other, ttl * 4).await;
     assert!(!endless.is_lost());
     lock.extend(&endless, Duration::from_secs(60)).await.unwrap();
 }
@@ -113,12 +120,7 @@ async fn an_end_that_is_none_does_not_stop_the_heartbeat_of_others() {
     bench.client.execute(pin, &[]).await.unwrap();
     eventually("nobody says how long it is held", async || pinned.is_lost()).await;
     let other = leases.try_acquire(&named("other").with_ttl(ttl)).await.unwrap();
-    let granted = other.expires_at().unwrap();
-    eventually("two slices have passed", async || {
-        other.expires_at().unwrap() > granted + ttl * 2 || other.is_lost()
-    })
-    .await;
-    assert!(!other.is_lost());
+    outlives(&other, ttl * 2).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -127,11 +129,7 @@ async fn key_columns_may_have_any_names() {
     let plans = bench.plans().await;
     let ttl = Duration::from_millis(1500);
     let guard = plans.try_acquire(&plan().with_ttl(ttl)).await.unwrap();
-    let granted = guard.expires_at().unwrap();
-    eventually("two slices have passed", async || {
-        guard.expires_at().unwrap() > granted + ttl * 2 || guard.is_lost()
-    })
-    .await;
+    outlives(&guard, ttl * 2).await;
     plans.extend(&guard, Duration::from_secs(60)).await.unwrap();
     bench
         .process

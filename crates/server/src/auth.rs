@@ -20,7 +20,6 @@ use leasehold_storage::Prepared;
 use rand::Rng;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
-use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::state::AppState;
@@ -187,15 +186,16 @@ async fn authenticate<R: Needs>(
     let hash = hash(token.secret());
     // Postgres has no text with NUL, and so no tenant.
     let asked = tenant.filter(|tenant| !tenant.contains('\0'));
-    let found = state.read(async |conn| {
-        let find = diesel::sql_query(FIND)
-            .bind::<Bytea, _>(&hash[..])
-            .bind::<Nullable<Text>, _>(asked)
-            .bind::<Bool, _>(state.settings().on_loopback);
-        Ok(Prepared(find).one(conn).await.optional()?)
-    });
-    let found: Result<Option<Found>, Problem> = timeout(ANSWER, found).await.map_err(Problem::unavailable)?;
-    let found = found?.ok_or_else(Problem::unauthenticated)?;
+    let found: Option<Found> = state
+        .read_within(ANSWER, async |conn| {
+            let find = diesel::sql_query(FIND)
+                .bind::<Bytea, _>(&hash[..])
+                .bind::<Nullable<Text>, _>(asked)
+                .bind::<Bool, _>(state.settings().on_loopback);
+            Ok(Prepared(find).one(conn).await.optional()?)
+        })
+        .await?;
+    let found = found.ok_or_else(Problem::unauthenticated)?;
     let role =
         Role::parse(&found.role).ok_or_else(|| Problem::internal(format!("no such role: {}", found.role)))?;
     if role < R::ROLE {

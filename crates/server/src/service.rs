@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
-use diesel_async::SimpleAsyncConnection;
+use diesel_async::{AsyncPgConnection, SimpleAsyncConnection};
 use leasehold_http::{ApiPath, Code, Problem, ProblemBody};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -47,11 +47,8 @@ pub(crate) async fn ready(State(state): State<AppState>) -> Result<Json<Health>,
     if state.is_draining() {
         return Err(Problem::new(Code::Unavailable, "the service is about to stop"));
     }
-    let asked = state.read(async |conn| Ok(conn.batch_execute("SELECT").await?));
-    match tokio::time::timeout(READY_TIMEOUT, asked).await {
-        Ok(answer) => answer?,
-        Err(late) => return Err(Problem::unavailable(late)),
-    }
+    let ask = async |conn: &mut AsyncPgConnection| Ok(conn.batch_execute("SELECT").await?);
+    state.read_within(READY_TIMEOUT, ask).await?;
     Ok(Json(Health { status: "ok" }))
 }
 

@@ -34,6 +34,15 @@ impl AppState {
         })
     }
 
+    /// As [`read`](Self::read), for no longer than this. Then the connection is closed.
+    pub(crate) async fn read_within<T, W>(&self, limit: Duration, work: W) -> Result<T, Problem>
+    where
+        W: AsyncFnOnce(&mut AsyncPgConnection) -> Result<T, Failure>,
+    {
+        let read = tokio::time::timeout(limit, self.read(work));
+        read.await.map_err(Problem::unavailable)?
+    }
+
     /// Runs a write that is one statement, and its own transaction. It has no idempotency key, and takes the gate of its
     /// tenant itself.
     pub(crate) async fn autocommitted<W>(&self, work: W) -> Result<Answer, Problem>
